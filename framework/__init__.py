@@ -1,0 +1,3 @@
+"""Longtake: distributed training of video diffusion transformers."""
+
+__version__ = "0.1.0"

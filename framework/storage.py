@@ -1,0 +1,206 @@
+"""A file system by URL: `file://` or a plain path, `s3://`, `gs://`.
+
+All that Longtake keeps (shards, manifests, plans, checkpoints, ledgers) goes through `Store`, so
+that a run works alike on a laptop and on object storage. Credentials and endpoints come from the
+environment and files that the cloud's own tools read (`AWS_*`, `~/.aws`, …), never from a config.
+
+Invariant: `write` is atomic. A reader sees the whole object or none.
+"""
+
+import os
+import random
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+from urllib.parse import urlsplit
+
+from pyarrow import NativeFile, fs
+
+T = TypeVar("T")
+
+# Chosen by hand: five tries over about 15 s ride out a restart of a proxy or a SlowDown.
+MAX_TRIES = 5
+FIRST_DELAY_S = 0.5
+_SCHEMES = ("file", "s3", "gs")
+
+
+def normalize_url(url: str | Path) -> str:
+    """Make a plain path an absolute `file://` URL and drop a trailing slash; check the scheme."""
+    text = str(url)
+    scheme = urlsplit(text).scheme if "://" in text else ""
+    if not scheme:
+        return "file://" + os.path.abspath(os.path.expanduser(text))
+    if scheme not in _SCHEMES:
+        raise ValueError(
+            f"url={text!r}: scheme {scheme!r} is not supported; use a path or one of "
+            + ", ".join(f"{s}://" for s in _SCHEMES)
+        )
+    return text.rstrip("/") if len(text) > len(scheme) + 3 else text
+
+
+def join_url(url: str | Path, *names: str) -> str:
+    """Append path parts to a URL; an absolute URL or path among `names` starts over."""
+    joined = normalize_url(url)
+    for name in names:
+        if "://" in name or name.startswith("/"):
+            joined = normalize_url(name)
+        else:
+            joined = f"{joined}/{name}"
+    return joined
+
+
+def with_retries(action: Callable[[], T]) -> T:
+    """Run `action`, again after a transient OSError, with jittered back-off, MAX_TRIES times."""
+    for attempt in range(MAX_TRIES):
+        try:
+            return action()
+        except (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError):
+            raise
+        except PermissionError:
+            raise
+        except OSError as error:
+            permanent = ("ACCESS_DENIED", "NO_SUCH_BUCKET", "No space left", "credentials")
+            if attempt == MAX_TRIES - 1 or any(word in str(error) for word in permanent):
+                raise
+            time.sleep(FIRST_DELAY_S * 2**attempt * random.uniform(0.5, 1.5))
+    raise AssertionError("unreachable")
+
+
+class Store:
+    """A directory of objects at a URL. Names are relative to it, with `/` between parts."""
+
+    def __init__(self, url: str | Path) -> None:
+        """`url`: a path, or a `file://`, `s3://` or `gs://` URL; it need not exist yet."""
+        self.url = normalize_url(url)
+        self._fs: fs.FileSystem | None = None
+        self._root = ""
+
+    def __repr__(self) -> str:
+        return f"Store({self.url!r})"
+
+    def __getstate__(self) -> dict[str, str]:
+        return {"url": self.url}
+
+    def __setstate__(self, state: dict[str, str]) -> None:
+        Store.__init__(self, state["url"])
+
+    @property
+    def fs(self) -> fs.FileSystem:
+        """The pyarrow file system, for Parquet readers and writers; opened at first use."""
+        if self._fs is None:
+            self._fs, self._root = fs.FileSystem.from_uri(self.url)
+        return self._fs
+
+    def path(self, name: str = "") -> str:
+        """The path of `name` inside `self.fs`."""
+        assert self.fs is not None
+        return f"{self._root}/{name}" if name else self._root
+
+    def child(self, *names: str) -> "Store":
+        """The store one or more folders down."""
+        return Store(join_url(self.url, *names))
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it lies on this machine's own file system."""
+        return self.url.startswith("file://")
+
+    def local_path(self) -> Path:
+        """Its path on this machine; ValueError where it is remote."""
+        if not self.is_local:
+            raise ValueError(f"{self.url} is not on this machine")
+        return Path(self.url.removeprefix("file://"))
+
+    def exists(self, name: str = "") -> bool:
+        """Whether an object, or any object below a folder, has this name."""
+        info = with_retries(lambda: self.fs.get_file_info(self.path(name)))
+        return info.type != fs.FileType.NotFound
+
+    def size(self, name: str) -> int:
+        """Size in bytes of an object; FileNotFoundError where there is none."""
+        info = with_retries(lambda: self.fs.get_file_info(self.path(name)))
+        if info.type != fs.FileType.File:
+            raise FileNotFoundError(join_url(self.url, name))
+        return info.size
+
+    def list(self, name: str = "") -> list[str]:
+        """Names of all objects below folder `name`, relative to this store, sorted."""
+        selector = fs.FileSelector(self.path(name), recursive=True, allow_not_found=True)
+        infos = with_retries(lambda: self.fs.get_file_info(selector))
+        prefix = self.path().rstrip("/") + "/"
+        return sorted(
+            info.path.removeprefix(prefix) for info in infos if info.type == fs.FileType.File
+        )
+
+    def read(self, name: str) -> bytes:
+        """All bytes of an object."""
+
+        def action() -> bytes:
+            with self.fs.open_input_stream(self.path(name)) as stream:
+                return stream.read()
+
+        return with_retries(action)
+
+    def read_range(self, name: str, offset: int, size_bytes: int) -> bytes:
+        """`size_bytes` bytes from `offset`; EOFError where the object ends before."""
+
+        def action() -> bytes:
+            with self.fs.open_input_file(self.path(name)) as file:
+                return file.read_at(size_bytes, offset)
+
+        data = with_retries(action)
+        if len(data) != size_bytes:
+            raise EOFError(
+                f"{join_url(self.url, name)}: wanted {size_bytes} bytes at {offset}, "
+                f"the object gave {len(data)}"
+            )
+        return data
+
+    def open_input(self, name: str) -> NativeFile:
+        """A seekable reader."""
+        return with_retries(lambda: self.fs.open_input_file(self.path(name)))
+
+    def open_output(self, name: str) -> NativeFile:
+        """A writer; the object is whole only after close(). For large files, else use `write`."""
+        self._make_parent(name)
+        return with_retries(lambda: self.fs.open_output_stream(self.path(name)))
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write an object in one atomic step, over any older one."""
+
+        def action() -> None:
+            self._make_parent(name)
+            # A put to an object store is atomic; a file needs a rename.
+            final = self.path(name)
+            path = f"{final}.{uuid.uuid4().hex[:8]}.tmp" if self.is_local else final
+            try:
+                with self.fs.open_output_stream(path) as stream:
+                    stream.write(data)
+                if self.is_local:
+                    os.replace(path, final)
+            except BaseException:
+                if self.is_local and os.path.exists(path):
+                    os.unlink(path)
+                raise
+
+        with_retries(action)
+
+    def delete(self, name: str) -> None:
+        """Delete an object; silent where there is none."""
+        try:
+            with_retries(lambda: self.fs.delete_file(self.path(name)))
+        except FileNotFoundError:
+            return
+
+    def delete_folder(self, name: str) -> None:
+        """Delete a folder and all below it; silent where there is none."""
+        try:
+            with_retries(lambda: self.fs.delete_dir(self.path(name)))
+        except FileNotFoundError:
+            return
+
+    def _make_parent(self, name: str) -> None:
+        if self.is_local:
+            os.makedirs(os.path.dirname(self.path(name)), exist_ok=True)

@@ -1,0 +1,1 @@
+"""Networks in plain torch: denoisers, video codecs, text encoders."""

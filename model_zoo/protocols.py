@@ -1,0 +1,98 @@
+"""What the rest of Longtake may expect of a network.
+
+Shapes: B segments (clips) in a pack, L video tokens, K text tokens, P values in one patch, D text
+width, C latent channels, T frames, F H W latent grid.
+"""
+
+from typing import Protocol
+
+from torch import Tensor
+
+
+class Layout(Protocol):
+    """How the clips lie in a pack; `framework.batch.PackedBatch` is one."""
+
+    @property
+    def grid(self) -> Tensor:
+        """(B, 3) int32: token rows in time, height and width of each segment."""
+
+    @property
+    def cu_seqlens(self) -> Tensor:
+        """(B+1,) int32: where each segment's video tokens start; the last entry is L."""
+
+    @property
+    def cu_text(self) -> Tensor:
+        """(B+1,) int32: where each segment's text tokens start; the last entry is K."""
+
+    @property
+    def fps(self) -> Tensor:
+        """(B,) float32: frames a second."""
+
+    @property
+    def given_mask(self) -> Tensor:
+        """(L,) bool: tokens that are clean context, modulated with t = 0."""
+
+    @property
+    def segment_ids(self) -> Tensor:
+        """(L,) int64: the segment of each token."""
+
+
+class Denoiser(Protocol):
+    """A network that reads noisy tokens; attention never crosses segments.
+
+    The segments cover L and K exactly. Segments may be empty; one with video tokens may have no
+    text tokens (the padding segment), and then its cross-attention is zero.
+    """
+
+    def __call__(self, tokens: Tensor, t: Tensor, layout: Layout, text: Tensor) -> Tensor:
+        """tokens (L, P), t (B,) in [0, 1] with 0 = data and 1 = noise, text (K,) ids or (K, D).
+
+        Returns (L, P); what it means (velocity, noise, data) is the objective's affair.
+        """
+        ...
+
+
+class VideoCodec(Protocol):
+    """Frames to latents and back. Latents are already normalised for diffusion."""
+
+    temporal_stride: int
+    spatial_stride: int
+    causal: (
+        bool  # True: T = 1 + k * stride frames give 1 + k latent frames; False: ceil(T / stride)
+    )
+    channels: int
+
+    @property
+    def latent_std(self) -> Tensor:
+        """(C,) standard deviation of the normalised latents, for preconditioning."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes whenever the same frames would give other latents."""
+        ...
+
+    def encode(self, frames: Tensor) -> Tensor:
+        """(T, 3, H, W) float in [-1, 1] -> (C, F, h, w); H and W divisible by spatial_stride."""
+        ...
+
+    def decode(self, latents: Tensor, num_frames: int) -> Tensor:
+        """(C, F, h, w) -> (num_frames, 3, H, W) in about [-1, 1]."""
+        ...
+
+
+class TextEncoder(Protocol):
+    """Captions to text tokens, each clip by itself."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes whenever the same caption would give other tokens."""
+        ...
+
+    def num_tokens(self, caption: str) -> int:
+        """Length of `encode(caption)`, without computing it; at least 1."""
+        ...
+
+    def encode(self, caption: str) -> Tensor:
+        """(k,) int64 ids, or (k, D) embeddings. The empty caption is the null condition."""
+        ...
