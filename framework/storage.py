@@ -2,21 +2,24 @@
 
 All that Longtake keeps (shards, manifests, plans, checkpoints, ledgers) goes through `Store`, so
 that a run works alike on a laptop and on object storage. Credentials and endpoints come from the
-environment and files that the cloud's own tools read (`AWS_*`, `~/.aws`, …), never from a config.
+environment and files that the cloud's own tools read (`AWS_*`, `~/.aws`, …), never from a config;
+so does the address of a server that is not Amazon's (`AWS_ENDPOINT_URL`).
 
 Invariant: `write` is atomic. A reader sees the whole object or none.
 """
 
+import errno
 import os
 import random
+import re
 import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
-from pyarrow import NativeFile, fs
+from pyarrow import Buffer, NativeFile, fs
 
 T = TypeVar("T")
 
@@ -25,10 +28,31 @@ MAX_TRIES = 5
 FIRST_DELAY_S = 0.5
 _SCHEMES = ("file", "s3", "gs")
 
+_PERMANENT_TYPES = (
+    FileNotFoundError,
+    FileExistsError,
+    IsADirectoryError,
+    NotADirectoryError,
+    PermissionError,
+)
+_PERMANENT_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENAMETOOLONG)
+# Arrow gives most errors of an object store, and some of a file system, as text alone.
+_PERMANENT_WORDS = (
+    "ACCESS_DENIED",
+    "NO_SUCH_BUCKET",
+    "INVALID_ACCESS_KEY_ID",
+    "INVALID_CLIENT_TOKEN_ID",
+    "SIGNATURE_DOES_NOT_MATCH",
+    "credentials",
+    "is a directory",
+    "not a directory",
+)
+_UNCOMMITTED = re.compile(r"\.[0-9a-f]{8}\.tmp$")  # what a killed `write` leaves on local disk
+
 
 def normalize_url(url: str | Path) -> str:
     """Make a plain path an absolute `file://` URL and drop a trailing slash; check the scheme."""
-    text = str(url)
+    text = os.fspath(url)
     scheme = urlsplit(text).scheme if "://" in text else ""
     if not scheme:
         return "file://" + os.path.abspath(os.path.expanduser(text))
@@ -37,7 +61,18 @@ def normalize_url(url: str | Path) -> str:
             f"url={text!r}: scheme {scheme!r} is not supported; use a path or one of "
             + ", ".join(f"{s}://" for s in _SCHEMES)
         )
-    return text.rstrip("/") if len(text) > len(scheme) + 3 else text
+    place = text.removeprefix(f"{scheme}://")
+    if scheme == "file":
+        if not place.startswith("/"):
+            raise ValueError(f"url={text!r} must be absolute; write file:///path, or a plain path")
+        return "file://" + os.path.normpath("/" + place.lstrip("/"))
+    if not place.strip("/") or place.startswith("/"):
+        raise ValueError(f"url={text!r} names no bucket; write {scheme}://bucket/prefix")
+    if "?" in place:
+        raise ValueError(
+            f"url={text!r} has options; set them in the environment (AWS_ENDPOINT_URL)"
+        )
+    return text.rstrip("/")
 
 
 def join_url(url: str | Path, *names: str) -> str:
@@ -46,9 +81,17 @@ def join_url(url: str | Path, *names: str) -> str:
     for name in names:
         if "://" in name or name.startswith("/"):
             joined = normalize_url(name)
-        else:
-            joined = f"{joined}/{name}"
+        elif name.strip("/"):
+            joined = joined + ("" if joined.endswith("/") else "/") + name.rstrip("/")
     return joined
+
+
+def _is_transient(error: OSError) -> bool:
+    return not (
+        isinstance(error, _PERMANENT_TYPES)
+        or error.errno in _PERMANENT_ERRNOS
+        or any(word in str(error) for word in _PERMANENT_WORDS)
+    )
 
 
 def with_retries(action: Callable[[], T]) -> T:
@@ -56,13 +99,8 @@ def with_retries(action: Callable[[], T]) -> T:
     for attempt in range(MAX_TRIES):
         try:
             return action()
-        except (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError):
-            raise
-        except PermissionError:
-            raise
         except OSError as error:
-            permanent = ("ACCESS_DENIED", "NO_SUCH_BUCKET", "No space left", "credentials")
-            if attempt == MAX_TRIES - 1 or any(word in str(error) for word in permanent):
+            if attempt == MAX_TRIES - 1 or not _is_transient(error):
                 raise
             time.sleep(FIRST_DELAY_S * 2**attempt * random.uniform(0.5, 1.5))
     raise AssertionError("unreachable")
@@ -89,14 +127,24 @@ class Store:
     @property
     def fs(self) -> fs.FileSystem:
         """The pyarrow file system, for Parquet readers and writers; opened at first use."""
-        if self._fs is None:
-            self._fs, self._root = fs.FileSystem.from_uri(self.url)
+        if self._fs is None:  # set last: another thread may look at any moment
+            if (
+                self.is_local
+            ):  # Arrow would read the path as a URI, where a space or a # is an error
+                self._root, self._fs = str(self.local_path()), fs.LocalFileSystem()
+            else:
+                scheme, place = self.url.split("://", 1)
+                # One request for a small object, in place of the three of a multipart upload.
+                options = "?allow_delayed_open=true" if scheme == "s3" else ""
+                uri = f"{scheme}://{quote(place)}{options}"
+                opened, self._root = with_retries(lambda: fs.FileSystem.from_uri(uri))
+                self._fs = opened
         return self._fs
 
     def path(self, name: str = "") -> str:
         """The path of `name` inside `self.fs`."""
         assert self.fs is not None
-        return f"{self._root}/{name}" if name else self._root
+        return f"{self._root.rstrip('/')}/{name}" if name else self._root
 
     def child(self, *names: str) -> "Store":
         """The store one or more folders down."""
@@ -114,7 +162,7 @@ class Store:
         return Path(self.url.removeprefix("file://"))
 
     def exists(self, name: str = "") -> bool:
-        """Whether an object, or any object below a folder, has this name."""
+        """Whether an object or a folder has this name. On S3 an emptied folder may linger."""
         info = with_retries(lambda: self.fs.get_file_info(self.path(name)))
         return info.type != fs.FileType.NotFound
 
@@ -126,13 +174,12 @@ class Store:
         return info.size
 
     def list(self, name: str = "") -> list[str]:
-        """Names of all objects below folder `name`, relative to this store, sorted."""
+        """Names of all objects below folder `name`, relative to this store, sorted; [] if none."""
         selector = fs.FileSelector(self.path(name), recursive=True, allow_not_found=True)
         infos = with_retries(lambda: self.fs.get_file_info(selector))
         prefix = self.path().rstrip("/") + "/"
-        return sorted(
-            info.path.removeprefix(prefix) for info in infos if info.type == fs.FileType.File
-        )
+        files = (info.path.removeprefix(prefix) for info in infos if info.type == fs.FileType.File)
+        return sorted(file for file in files if not _UNCOMMITTED.search(file))
 
     def read(self, name: str) -> bytes:
         """All bytes of an object."""
@@ -148,14 +195,15 @@ class Store:
 
         def action() -> bytes:
             with self.fs.open_input_file(self.path(name)) as file:
+                if offset + size_bytes > (end := file.size()):
+                    raise EOFError(
+                        f"{join_url(self.url, name)}: wanted {size_bytes} bytes at {offset}, "
+                        f"the object ends at {end}"
+                    )
                 return file.read_at(size_bytes, offset)
 
         data = with_retries(action)
-        if len(data) != size_bytes:
-            raise EOFError(
-                f"{join_url(self.url, name)}: wanted {size_bytes} bytes at {offset}, "
-                f"the object gave {len(data)}"
-            )
+        assert len(data) == size_bytes, (self.url, name, offset, size_bytes, len(data))
         return data
 
     def open_input(self, name: str) -> NativeFile:
@@ -167,8 +215,8 @@ class Store:
         self._make_parent(name)
         return with_retries(lambda: self.fs.open_output_stream(self.path(name)))
 
-    def write(self, name: str, data: bytes) -> None:
-        """Write an object in one atomic step, over any older one."""
+    def write(self, name: str, data: bytes | memoryview | Buffer) -> None:
+        """Write an object in one atomic step, over any older one. Buffers are not copied."""
 
         def action() -> None:
             self._make_parent(name)

@@ -1,0 +1,46 @@
+# Everything a fresh machine needs: Python 3.11 or 3.12 with pip and venv, gcc, make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: setup demo test test-fast lint bench clean
+
+setup: $(READY)
+
+# torch comes first and pinned: any looser request would pull another build of it. DeepSpeed builds
+# against the installed torch, so without build isolation.
+$(READY): requirements.lock pyproject.toml
+	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v in ((3, 11), (3, 12)) else f"Python 3.11 or 3.12 is needed, not {v[0]}.{v[1]}; say make PYTHON=python3.11 …")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --upgrade pip
+	$(BIN)/pip install -q "$$(grep '^torch==' requirements.lock)"
+	$(BIN)/pip install -q $$(grep -E '^(numpy|setuptools|wheel|ninja|py-cpuinfo|packaging)==' requirements.lock)
+	$(BIN)/pip install -q --no-build-isolation "$$(grep '^deepspeed==' requirements.lock)"
+	$(BIN)/pip install -q -r requirements.lock
+	$(BIN)/pip install -q --no-build-isolation --no-deps -e .
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m framework.train.zero
+	touch $(READY)
+
+# The whole line on two CPU cores, in about ten minutes: clips, manifest, plan, training under Ray
+# Train and ZeRO-3, samples, evaluation, MLflow.
+demo: $(READY)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m framework.demo experiment=demo $(ARGS)
+
+test: lint
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -q $(ARGS)
+
+test-fast: $(READY)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -q -m "not slow" $(ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(READY)
+	@echo "Benchmarks are modules: $(BIN)/python -m benchmarks.NAME. There are:"
+	@ls benchmarks/*.py 2>/dev/null | sed 's,benchmarks/\(.*\).py,  \1,' | grep -v __init__ || true
+
+clean:
+	rm -rf $(VENV) runs

@@ -1,0 +1,125 @@
+"""Clips of a plan to a PackedBatch: fetch, decode, tokenize, pack. Runs wherever it is called.
+
+A clip that cannot be had keeps its place with weight zero and is named, so that shapes, positions
+and the plan's counts hold.
+"""
+
+import json
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from framework.batch import PackedBatch
+from framework.data.plan import ClipPlan, PackPlan, Recipe
+from framework.storage import Store
+from framework.video import VideoError, decode
+
+Arrays = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ClipReader:
+    """Read one clip of a plan as tokens; picklable, so that it travels into Ray tasks.
+
+    tokenize: uint8 (T, H, W, 3) -> float32 (n, P). encode_text: caption -> (k,) ids or (k, D).
+    """
+
+    shards: Store
+    tokenize: Callable[[np.ndarray], np.ndarray]
+    encode_text: Callable[[str], np.ndarray]
+    token_size: int  # P
+
+    def frames(self, clip: ClipPlan) -> np.ndarray:
+        """The frames of the clip's view, uint8 (T, H, W, 3); VideoError, EOFError or OSError."""
+        data = self.shards.read_range(clip.shard, clip.offset, clip.size_bytes)
+        if zlib.crc32(data) != clip.checksum:
+            raise VideoError("its bytes have changed since the manifest was made (checksum)")
+        view = clip.view
+        return decode(data, view.frames, view.height, view.width, view.flip)
+
+    def tokens(self, clip: ClipPlan) -> tuple[np.ndarray, str]:
+        """(n, P) tokens and ""; or zeros and the cause, where the clip cannot be had."""
+        zeros = np.zeros((clip.tokens, self.token_size), np.float32)
+        if clip.dummy:
+            return zeros, ""
+        try:
+            tokens = self.tokenize(self.frames(clip))
+        except (VideoError, EOFError, OSError) as error:
+            return zeros, str(error)
+        assert tokens.shape == zeros.shape, f"{clip.key}: {tokens.shape}, planned {zeros.shape}"
+        return tokens, ""
+
+
+def assemble(
+    pack: PackPlan, reader: ClipReader, recipe: Recipe, static_shapes: bool = True
+) -> Arrays:
+    """One pack as arrays, named as the fields of PackedBatch.
+
+    With `static_shapes` L and K are the recipe's budgets, the padding segment taking the rest;
+    without, they are what the clips fill, which saves the work on padding where nothing is compiled.
+    """
+    num_segments = recipe.max_clips + 1
+    count = len(pack.clips)
+    tokens_by_clip, texts, failed = [], [], []
+    lengths, text_lengths = np.zeros(num_segments, np.int64), np.zeros(num_segments, np.int64)
+    weights = np.zeros(num_segments, np.float32)
+    start = 0
+    for i, clip in enumerate(pack.clips):
+        clip_tokens, cause = reader.tokens(clip)
+        tokens_by_clip.append(clip_tokens)
+        start += clip.tokens
+        texts.append(reader.encode_text(clip.caption))
+        lengths[i], text_lengths[i] = clip.tokens, len(texts[-1])
+        weights[i] = 0.0 if cause or clip.dummy else clip.weight
+        if cause:
+            failed.append(f"{clip.key}: {cause}")
+    joined = np.concatenate(texts)
+    assert start <= recipe.max_tokens, (pack, recipe.max_tokens)
+    assert len(joined) <= recipe.max_text_tokens, (pack, recipe.max_text_tokens)
+    if static_shapes:
+        lengths[-1] = recipe.max_tokens - start
+        text_lengths[-1] = recipe.max_text_tokens - len(joined)
+    tokens = _resized(np.concatenate(tokens_by_clip), int(lengths.sum()))
+    text = _resized(joined, int(text_lengths.sum()))
+
+    def by_clip(name: str, dtype: type, fill: float, width: tuple[int, ...] = ()) -> np.ndarray:
+        values = np.full((num_segments, *width), fill, dtype)
+        values[:count] = [getattr(clip, name) for clip in pack.clips]
+        return values
+
+    grid = np.zeros((num_segments, 3), np.int32)
+    grid[:count] = [clip.grid for clip in pack.clips]
+    grid[-1] = (1, 1, lengths[-1])  # positions of the padding segment are of no account
+    return {
+        "tokens": tokens,
+        "grid": grid,
+        "cu_seqlens": np.concatenate([[0], lengths.cumsum()]).astype(np.int32),
+        "text": text,
+        "cu_text": np.concatenate([[0], text_lengths.cumsum()]).astype(np.int32),
+        "clip_ids": by_clip("clip_id", np.int64, -1),
+        "clip_weights": weights,
+        "source": by_clip("source_id", np.int32, -1),
+        "fps": by_clip("fps", np.float32, 0.0),
+        "given_mask": np.zeros(len(tokens), bool),
+        "failed": json.dumps(failed),
+    }
+
+
+def _resized(rows: np.ndarray, length: int) -> np.ndarray:
+    """(n, …) -> (length, …) with zero rows at the end."""
+    padded = np.zeros((length, *rows.shape[1:]), rows.dtype)
+    padded[: len(rows)] = rows
+    return padded
+
+
+def to_batch(arrays: Arrays, epoch: int, step: int, pack: int) -> PackedBatch:
+    """Arrays from `assemble` as a PackedBatch; copies, since Ray's arrays are read-only."""
+    tensors = {
+        name: torch.tensor(value) for name, value in arrays.items() if isinstance(value, np.ndarray)
+    }
+    failed = tuple(json.loads(str(arrays["failed"])))
+    return PackedBatch(**tensors, epoch=epoch, step=step, pack=pack, failed=failed)

@@ -1,0 +1,84 @@
+"""Samplers: free functions that follow the probability-flow ODE from noise to data.
+
+With x_t = (1 - t) * latents + t * noise the ODE is dx/dt = (x - denoise(x, t)) / t. A sampler
+sees only `denoise`; guidance, packing and what the network predicts are settled before.
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from framework.diffusion.guidance import Denoise
+from framework.diffusion.schedule import sampling_grid
+
+
+def euler(denoise: Denoise, noise: Tensor, grid: list[float]) -> Tensor:
+    """First order: one call a step (Liu et al. 2022, sec. 2.1). noise and result are (L, P)."""
+    x = noise
+    for t, t_next in pairwise(grid):
+        velocity = (x - denoise(x, t)) / t
+        x = x + (t_next - t) * velocity
+    return x
+
+
+def heun(denoise: Denoise, noise: Tensor, grid: list[float]) -> Tensor:
+    """Second order: two calls a step, one in the last (Karras et al. 2022, algorithm 1)."""
+    x = noise
+    for t, t_next in pairwise(grid):
+        velocity = (x - denoise(x, t)) / t
+        x_euler = x + (t_next - t) * velocity
+        if t_next == 0:  # the velocity is not defined there by this formula
+            return x_euler
+        velocity_next = (x_euler - denoise(x_euler, t_next)) / t_next
+        x = x + (t_next - t) * 0.5 * (velocity + velocity_next)
+    return x
+
+
+_SAMPLERS = {"euler": euler, "heun": heun}
+
+
+@dataclass(frozen=True)
+class SamplerConfig:
+    """Which sampler, its grid of t and the strength of guidance."""
+
+    name: str = "euler"
+    num_steps: int = 20
+    shift: float = 3.0
+    guidance_scale: float = 2.5  # 1 is no guidance, and half the cost
+
+    def __post_init__(self) -> None:
+        if self.name not in _SAMPLERS:
+            raise ValueError(f"name={self.name!r} must be one of {', '.join(_SAMPLERS)}")
+        if self.num_steps < 1:
+            raise ValueError(f"num_steps={self.num_steps} must be at least 1; try 20")
+        if self.shift <= 0:
+            raise ValueError(f"shift={self.shift} must be positive; 1 shifts nothing")
+        if self.guidance_scale < 0:
+            raise ValueError(f"guidance_scale={self.guidance_scale} must not be negative; try 2.5")
+
+    def sample(
+        self,
+        denoise: Denoise,
+        noise: Tensor,
+        given_tokens: Tensor | None = None,
+        given_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Noise (L, P) -> data (L, P); rows of given_tokens (L, P) marked in given_mask (L,) stay.
+
+        Given tokens are clean context (frames to extend, regions to keep): `denoise` sees them as
+        they are at every t.
+        """
+        if (given_tokens is None) != (given_mask is None):
+            raise ValueError("given_tokens and given_mask go together; pass both or neither")
+        sampler = _SAMPLERS[self.name]
+        grid = sampling_grid(self.num_steps, self.shift)
+        if given_tokens is None or given_mask is None:
+            return sampler(denoise, noise, grid)
+        held, clean = given_mask[:, None], given_tokens  # (L, 1), (L, P)
+
+        def denoise_rest(x_t: Tensor, t: float) -> Tensor:
+            return torch.where(held, clean, denoise(x_t, t))  # so their velocity is zero
+
+        return sampler(denoise_rest, torch.where(held, clean, noise), grid)

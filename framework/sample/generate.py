@@ -1,0 +1,165 @@
+"""Prompts to frames: packs of any mix of sizes and durations, guidance, sampler, codec.
+
+Takes live objects and returns arrays; where the weights come from and where the videos go is left
+to the entry points.
+
+Invariant: a prompt's video depends on the prompt (its seed included), the model and the sampler,
+not on the other prompts of the call nor on the token budget, up to floating-point rounding.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from framework.batch import PackedBatch
+from framework.data.views import Geometry
+from framework.diffusion.guidance import guided
+from framework.diffusion.objective import Objective
+from framework.diffusion.samplers import SamplerConfig
+from framework.seeding import draws, hash64
+from model_zoo.patchify import unpatchify
+from model_zoo.protocols import TextEncoder, VideoCodec
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One video to make. Equal prompts give equal videos; another seed gives another one."""
+
+    text: str
+    num_frames: int
+    height: int  # pixels; need not be divisible by the codec's stride
+    width: int
+    fps: float = 8.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("num_frames", "height", "width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.fps <= 0:
+            raise ValueError(f"fps={self.fps} must be positive; try 8")
+
+
+@dataclass(frozen=True)
+class _Request:
+    """A prompt with what packing needs to know of it."""
+
+    index: int  # place in the caller's list
+    prompt: Prompt
+    grid: tuple[int, int, int]  # token rows in time, height, width
+    text: Tensor  # (k,) or (k, D)
+
+    @property
+    def num_tokens(self) -> int:
+        return math.prod(self.grid)
+
+
+def generate(
+    model: nn.Module,
+    objective: Objective,
+    codec: VideoCodec,
+    text: TextEncoder,
+    geometry: Geometry,
+    prompts: Sequence[Prompt],
+    sampler: SamplerConfig,
+    max_tokens: int,
+) -> list[np.ndarray]:
+    """One array of uint8 frames (T, H, W, 3) a prompt, in the order of the prompts.
+
+    max_tokens bounds the video tokens of one forward, both halves of guidance counted; a prompt
+    that is larger by itself gets a forward of its own. Runs in eval mode on the model's device.
+    Sizes that the token grid does not divide are made at the next larger grid and cropped, evenly
+    in height and width, at the end in time.
+    """
+    device = next(model.parameters()).device
+    requests = [
+        _Request(i, p, geometry.token_grid(p.num_frames, p.height, p.width), text.encode(p.text))
+        for i, p in enumerate(prompts)
+    ]
+    null_text = text.encode("").to(device)
+    halves = 1 if sampler.guidance_scale == 1.0 else 2
+    videos: dict[int, np.ndarray] = {}
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            for pack in _packs(requests, max_tokens // halves):
+                num_values = codec.channels * math.prod(geometry.patch)
+                batch = _batch(pack, num_values).to(device)
+                denoise = guided(model, objective, batch, sampler.guidance_scale, null_text)
+                tokens = sampler.sample(denoise, _noise(pack, num_values).to(device))
+                lengths = [request.num_tokens for request in pack]
+                for request, rows in zip(pack, tokens.split(lengths), strict=True):
+                    videos[request.index] = _frames(request, rows, codec, geometry)
+    finally:
+        model.train(was_training)
+    return [videos[i] for i in range(len(prompts))]
+
+
+def _packs(requests: list[_Request], max_tokens: int) -> list[list[_Request]]:
+    """Like with like, so that attention over equal neighbours can run as one batch."""
+    ordered = sorted(requests, key=lambda r: (r.num_tokens, r.grid, r.text.shape[0], r.index))
+    packs: list[list[_Request]] = []
+    room = 0
+    for request in ordered:
+        if not packs or request.num_tokens > room:
+            packs.append([])
+            room = max_tokens
+        packs[-1].append(request)
+        room -= request.num_tokens
+    return packs
+
+
+def _batch(pack: list[_Request], num_values: int) -> PackedBatch:
+    """A pack without padding: L is the sum of its clips; its tokens are not read in sampling."""
+    num_clips, num_tokens = len(pack), sum(r.num_tokens for r in pack)
+    return PackedBatch(
+        tokens=torch.zeros(num_tokens, num_values),
+        grid=torch.tensor([r.grid for r in pack], dtype=torch.int32),
+        cu_seqlens=_offsets([r.num_tokens for r in pack]),
+        text=torch.cat([r.text for r in pack]),
+        cu_text=_offsets([r.text.shape[0] for r in pack]),
+        clip_ids=torch.tensor([r.index for r in pack]),
+        clip_weights=torch.ones(num_clips),
+        source=torch.zeros(num_clips, dtype=torch.int32),
+        fps=torch.tensor([r.prompt.fps for r in pack], dtype=torch.float32),
+        given_mask=torch.zeros(num_tokens, dtype=torch.bool),
+    )
+
+
+def _offsets(lengths: list[int]) -> Tensor:
+    """n lengths -> (n+1,) int32 offsets."""
+    return torch.tensor([0, *lengths]).cumsum(0).int()
+
+
+def _noise(pack: list[_Request], num_values: int) -> Tensor:
+    """(L, P) float32: each prompt's own noise, from its seed and its text."""
+    rows = [
+        torch.from_numpy(
+            draws(r.prompt.seed, 0, hash64(r.prompt.text), "sample").normal(
+                r.num_tokens * num_values
+            )
+        ).view(r.num_tokens, num_values)
+        for r in pack
+    ]
+    return torch.cat(rows)
+
+
+def _frames(request: _Request, tokens: Tensor, codec: VideoCodec, geometry: Geometry) -> np.ndarray:
+    """(n, P) tokens -> uint8 (T, H, W, 3), cropped to the size that was asked for."""
+    prompt, patch = request.prompt, geometry.patch
+    frames, height, width = (n * p for n, p in zip(request.grid, patch, strict=True))
+    latents = unpatchify(tokens, request.grid, patch, codec.channels, (frames, height, width))
+    stride = geometry.temporal_stride
+    num_frames = 1 + (frames - 1) * stride if geometry.causal else frames * stride
+    pixels = codec.decode(latents, num_frames)  # (T', 3, H', W')
+    top = (pixels.shape[2] - prompt.height) // 2
+    left = (pixels.shape[3] - prompt.width) // 2
+    cropped = pixels[: prompt.num_frames, :, top : top + prompt.height, left : left + prompt.width]
+    # The inverse of frames / 127.5 - 1, as the data is scaled.
+    uint8 = ((cropped.float() + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return uint8.permute(0, 2, 3, 1).contiguous().cpu().numpy()

@@ -1,0 +1,48 @@
+"""Prompts to MP4 files and a contact sheet in a store."""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from framework.assembly import Assembly
+from framework.sample.contact_sheet import contact_sheet
+from framework.sample.generate import Prompt, generate
+from framework.storage import Store, join_url
+from framework.video import encode
+
+
+def file_name(number: int, text: str) -> str:
+    """`3`, "A red circle!" -> `03-a-red-circle.mp4`."""
+    slug = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:60] or "prompt"
+    return f"{number:02d}-{slug}.mp4"
+
+
+def sample_videos(
+    assembly: Assembly,
+    model: nn.Module,
+    prompts: Sequence[Prompt],
+    sampler: Any,
+    max_tokens: int,
+    out: Store,
+) -> list[str]:
+    """Write one MP4 a prompt and `contact-sheet.png` into `out`; their URLs, the sheet last."""
+    videos = generate(
+        model,
+        assembly.build_objective(),
+        assembly.build_codec(),
+        assembly.build_text(),
+        assembly.geometry,
+        prompts,
+        sampler,
+        max_tokens,
+    )
+    names = []
+    for number, (prompt, frames) in enumerate(zip(prompts, videos, strict=True)):
+        names.append(file_name(number, prompt.text))
+        # H.264 in 4:2:0 wants even sizes; the odd row or column is repeated by the encoder.
+        out.write(names[-1], encode(frames, prompt.fps))
+    sheet = contact_sheet(videos, [prompt.text for prompt in prompts])
+    out.write("contact-sheet.png", sheet)
+    return [join_url(out.url, name) for name in [*names, "contact-sheet.png"]]

@@ -1,0 +1,31 @@
+"""`python -m framework.train experiment=…`: train a run, or go on with it."""
+
+from framework.config import RunConfig, entry, flatten, to_mapping
+from framework.assembly import Assembly
+from framework.terminal import Terminal
+from framework.train.job import Job, train
+
+
+def job_of(config: RunConfig) -> Job:
+    """The training job of a run config."""
+    return Job(
+        run=config.run,
+        assembly=Assembly.of(config),
+        train=config.train,
+        optimizer=config.optimizer,
+        engine=config.engine,
+        tracking=config.tracking,
+        cluster=config.cluster,
+        identity=flatten(to_mapping(config)),
+    )
+
+
+def main(config: RunConfig) -> None:
+    """Train and say where the result lies."""
+    terminal = Terminal()
+    result = train(job_of(config), terminal.show)
+    terminal.say(f"committed: {result.checkpoint.store.url}")
+
+
+if __name__ == "__main__":
+    entry(main)

@@ -1,0 +1,90 @@
+"""Which folder a run lives in, and whether a command may go on with the run that is there.
+
+A run is its name below its root. The same name with an equal config resumes; with another config it
+is refused, naming the keys that differ; `run.fresh=true` starts over beside it, in a folder of the
+next generation (`name~2`, `name~3`, …), which is the one that later commands find.
+"""
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import framework
+from framework.storage import Store
+from framework.train.config import RunSection
+
+# What may change between two starts of one run: where it computes and who watches, not what it is.
+FREE_KEYS = (
+    "cluster.", "tracking.", "evaluate.", "sample.", "sampler.", "run.fresh", "run.root",
+    "train.log_every", "train.keep_checkpoints", "data.stream.",
+)  # fmt: skip
+
+
+def generations(run: RunSection) -> list[str]:
+    """Folders of this run below its root, oldest first."""
+    root = Store(run.root)
+    found = {name.split("/", 1)[0] for name in root.list() if "/config.json" in name}
+    numbered = {1: run.name} if run.name in found else {}
+    for name in found:
+        base, _, number = name.rpartition("~")
+        if base == run.name and number.isdigit():
+            numbered[int(number)] = name
+    return [numbered[number] for number in sorted(numbered)]
+
+
+def run_store(run: RunSection) -> Store:
+    """The folder of the newest generation of this run; it need not exist yet."""
+    names = generations(run)
+    return Store(run.root).child(names[-1] if names else run.name)
+
+
+def claim(run: RunSection, config: dict[str, Any]) -> Store:
+    """The folder to train in; writes `config.json` there at a first start.
+
+    `config` is flat. ValueError where a run of this name has another config.
+    """
+    names = generations(run)
+    if run.fresh and names:
+        last = names[-1].rpartition("~")[2]
+        name = f"{run.name}~{int(last) + 1 if last.isdigit() and '~' in names[-1] else 2}"
+    else:
+        name = names[-1] if names else run.name
+    store = Store(run.root).child(name)
+    if name not in names:
+        store.write("config.json", json.dumps(config, indent=1, sort_keys=True).encode())
+        return store
+    differing = differences(json.loads(store.read("config.json")), config)
+    if differing:
+        raise ValueError(
+            f"run.name={run.name!r} exists in {store.url} with another config:\n  "
+            + "\n  ".join(differing)
+            + "\nset these back to resume it, choose another run.name, or start over beside it "
+            "with run.fresh=true"
+        )
+    return store
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """One line for each key that differs and matters."""
+    return [
+        f"{key}: {old.get(key)!r} there, {new.get(key)!r} here"
+        for key in sorted({*old, *new})
+        if old.get(key) != new.get(key) and not key.startswith(FREE_KEYS)
+    ]
+
+
+def code_version() -> str:
+    """The package version, and the git commit where the code is a checkout."""
+    folder = Path(framework.__file__).resolve().parent
+    try:
+        commit = subprocess.run(
+            ["git", "-C", str(folder), "describe", "--always", "--dirty"],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return framework.__version__
+    return f"{framework.__version__}+{commit}"

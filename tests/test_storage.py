@@ -1,0 +1,262 @@
+import errno
+import pickle
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+from moto.server import ThreadedMotoServer
+
+from framework import storage
+from framework.data.index import IndexConfig, index_shard, write_index
+from framework.data.manifest import read_manifest
+from framework.data.shards import read_members, write_shards
+from framework.storage import Store, join_url, normalize_url, with_retries
+from framework.video import encode
+
+
+@pytest.fixture(autouse=True)
+def _no_delay(monkeypatch):
+    monkeypatch.setattr(storage, "FIRST_DELAY_S", 0.001)
+
+
+@pytest.fixture(scope="module")
+def s3_server():
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def s3_store(s3_server, monkeypatch):
+    """A store in an empty bucket of a real S3 server."""
+    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_REGION", "http_proxy", "HTTP_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    for path, method in (("moto-api/reset", "POST"), ("bucket", "PUT")):
+        request = urllib.request.Request(f"{s3_server}/{path}", method=method)
+        urllib.request.urlopen(request).close()
+    return Store("s3://bucket/a prefix#1")
+
+
+@pytest.fixture(params=["file", "s3"])
+def store(request, tmp_path):
+    if request.param == "file":
+        return Store(tmp_path / "a folder#1%20é")
+    return request.getfixturevalue("s3_store")
+
+
+def test_write_read_list_delete(store):
+    assert store.list() == []
+    assert not store.exists()
+    store.write("b/two.bin", b"0123456789")
+    store.write("a.bin", b"old")
+    store.write("a.bin", memoryview(b"new"))
+    store.write("b/é 漢字+%20#?.txt", b"")
+    assert store.list() == ["a.bin", "b/two.bin", "b/é 漢字+%20#?.txt"]
+    assert store.list("b") == ["b/two.bin", "b/é 漢字+%20#?.txt"]
+    assert store.list("none") == []
+    assert store.child("b").list() == ["two.bin", "é 漢字+%20#?.txt"]
+    assert store.read("a.bin") == b"new"
+    assert store.read("b/é 漢字+%20#?.txt") == b""
+    assert store.size("b/two.bin") == 10
+    assert store.exists("a.bin")
+    assert store.exists("b")
+    assert not store.exists("b/three")
+    with store.open_input("b/two.bin") as file:
+        assert file.read_at(3, 4) == b"456"
+    store.delete("a.bin")
+    store.delete("a.bin")
+    assert not store.exists("a.bin")
+    store.delete_folder("b")
+    store.delete_folder("b")
+    assert store.list() == []
+    assert not store.exists("b/two.bin")
+
+
+def test_read_range_to_the_byte(store):
+    store.write("x", b"0123456789")
+    assert store.read_range("x", 0, 10) == b"0123456789"
+    assert store.read_range("x", 3, 4) == b"3456"
+    assert store.read_range("x", 10, 0) == b""
+    for offset, size_bytes in ((8, 3), (10, 1), (99, 1)):
+        with pytest.raises(EOFError, match="ends at 10"):
+            store.read_range("x", offset, size_bytes)
+
+
+def test_what_is_not_there_is_file_not_found(store):
+    store.write("folder/x", b"1")
+    for read in (store.read, store.size, store.open_input):
+        with pytest.raises(FileNotFoundError):
+            read("none")
+    with pytest.raises(FileNotFoundError):
+        store.size("folder")
+
+
+def test_a_large_object_and_a_stream(store):
+    blob = bytes(range(256)) * (12 << 12)  # 12 MiB: several parts on S3
+    store.write("large", blob)
+    assert store.size("large") == len(blob)
+    assert store.read_range("large", 5 << 20, 300) == blob[5 << 20 :][:300]
+    with store.open_output("deep/er/stream") as stream:
+        stream.write(b"one")
+        stream.write(b"two")
+    assert store.read("deep/er/stream") == b"onetwo"
+
+
+def test_a_store_survives_pickling(store):
+    store.write("x", b"1")
+    copy = pickle.loads(pickle.dumps(store))
+    assert copy.url == store.url
+    assert copy.read("x") == b"1"
+
+
+def test_shards_on_a_store(store):
+    samples = [{"__key__": f"k{i}", "mp4": b"v" * 50_000, "txt": "a caption"} for i in range(3)]
+    assert write_shards(store, samples, 2) == ["shard-000000.tar", "shard-000001.tar"]
+    members, problems = read_members(store, "shard-000000.tar")
+    assert [m.name for m in members] == ["k0.mp4", "k0.txt", "k1.mp4", "k1.txt"]
+    assert not problems
+    last = members[-1]
+    assert store.read_range("shard-000000.tar", last.offset, last.size_bytes) == b"a caption"
+
+
+def test_an_index_on_a_store(store):
+    frames = np.zeros((3, 32, 48, 3), np.uint8)
+    samples = [
+        {"__key__": f"k{i}", "mp4": encode(frames + i, 8.0), "json": {"caption": f"caption {i}"}}
+        for i in range(3)
+    ]
+    write_shards(store.child("shards"), samples, 2)
+    url = store.child("shards").url
+    found = {name: index_shard(url, name, IndexConfig()) for name in Store(url).list()}
+    report = write_index(url, store.child("manifest").url, found)
+    manifest = read_manifest(store.child("manifest"))
+    assert (report.num_clips, report.problems) == (3, ())
+    assert manifest.fingerprint == report.fingerprint
+    for row in manifest.table.to_pylist():
+        data = Store(manifest.shards_url).read_range(row["shard"], row["offset"], row["size_bytes"])
+        assert data == samples[int(row["key"][1:])]["mp4"]
+        assert row["captions"] == [f"caption {row['key'][1:]}"]
+
+
+def test_s3_lies_where_the_url_says(s3_store):
+    s3_store.write("x", b"1")
+    assert Store("s3://bucket").list() == ["a prefix#1/x"]
+    assert not s3_store.is_local
+    with pytest.raises(ValueError, match="not on this machine"):
+        s3_store.local_path()
+
+
+def test_s3_without_the_bucket_fails_at_once(s3_store):
+    missing = Store("s3://no-such-bucket/x")
+    calls = []
+    with pytest.raises(OSError, match="NO_SUCH_BUCKET"):
+        with_retries(lambda: (calls.append(1), missing.write("x", b"1")))
+    assert len(calls) == 1
+    assert missing.list() == []
+
+
+def test_write_leaves_no_partial_file(tmp_path):
+    store = Store(tmp_path)
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(IsADirectoryError):
+        store.write("taken", b"1")
+    assert [p.name for p in tmp_path.iterdir()] == ["taken"]
+
+
+def test_what_a_killed_write_left_is_not_listed(tmp_path):
+    store = Store(tmp_path)
+    store.write("x.tar", b"1")
+    (tmp_path / "x.tar.0a1b2c3d.tmp").write_bytes(b"half")
+    (tmp_path / "notes.tmp").write_bytes(b"a file of somebody")
+    assert store.list() == ["notes.tmp", "x.tar"]
+
+
+def test_local_path_is_the_path_given(tmp_path):
+    store = Store(tmp_path / "a b" / ".." / "c%20")
+    store.write("x", b"1")
+    assert store.local_path() == tmp_path / "c%20"
+    assert (tmp_path / "c%20" / "x").read_bytes() == b"1"
+    assert Store("/").path("tmp") == "/tmp"
+
+
+class Flaky:
+    """Fails with the given errors in turn, then gives "done"."""
+
+    def __init__(self, *errors):
+        self.errors = list(errors)
+        self.calls = 0
+
+    def __call__(self):
+        self.calls += 1
+        if self.errors:
+            raise self.errors.pop(0)
+        return "done"
+
+
+def test_retries_ride_out_transient_errors():
+    action = Flaky(OSError("SLOW_DOWN"), ConnectionResetError(), TimeoutError())
+    assert with_retries(action) == "done"
+    assert action.calls == 4
+
+
+def test_retries_have_an_end():
+    action = Flaky(*[OSError("AWS Error NETWORK_CONNECTION")] * 99)
+    with pytest.raises(OSError, match="NETWORK_CONNECTION"):
+        with_retries(action)
+    assert action.calls == storage.MAX_TRIES
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        FileNotFoundError(),
+        PermissionError(),
+        NotADirectoryError(),
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError("AWS Error ACCESS_DENIED during HeadObject operation"),
+        OSError("Cannot open for reading: path '/x' is a directory"),
+        ValueError("not of storage at all"),
+    ],
+)
+def test_permanent_errors_are_raised_at_once(error):
+    action = Flaky(error)
+    with pytest.raises(type(error)):
+        with_retries(action)
+    assert action.calls == 1
+
+
+def test_urls(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert normalize_url("a/b/") == f"file://{tmp_path}/a/b"
+    assert normalize_url(Path("a")) == f"file://{tmp_path}/a"
+    assert normalize_url("file:///x/") == "file:///x"
+    assert normalize_url("file:///") == "file:///"
+    assert normalize_url("s3://bucket/x/") == "s3://bucket/x"
+    assert normalize_url("s3://bucket/") == "s3://bucket"
+    assert join_url("s3://bucket", "a", "b/c") == "s3://bucket/a/b/c"
+    assert join_url("s3://bucket", "") == "s3://bucket"
+    assert join_url("s3://bucket", "gs://other/x") == "gs://other/x"
+    assert join_url("file:///", "tmp") == "file:///tmp"
+
+
+@pytest.mark.parametrize(
+    ("url", "hint"),
+    [
+        ("ftp://host/x", "scheme 'ftp'"),
+        ("file://x/y", "must be absolute"),
+        ("s3://", "names no bucket"),
+        ("s3:///x", "names no bucket"),
+        ("s3://bucket/x?endpoint_override=y", "AWS_ENDPOINT_URL"),
+    ],
+)
+def test_bad_urls_are_refused(url, hint):
+    with pytest.raises(ValueError, match=hint):
+        Store(url)
