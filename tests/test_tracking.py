@@ -260,6 +260,16 @@ def test_a_long_journal_starts_over_once_it_is_sent(tmp_path: Path) -> None:
     assert [entry for entry, _ in last.read(max_lines=9)] == [{"op": "y"}]
 
 
+def test_a_torn_line_was_never_logged(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, "key", None, {})
+    journal.append({"op": "x"})
+    with open(journal.path, "ab") as file:
+        file.write(b'{"op": "to')
+    again = Journal(tmp_path, "key", None, {})
+    again.append({"op": "y"})
+    assert [entry["op"] for entry, _ in again.read(max_lines=9)] == ["run", "x", "y"]
+
+
 def test_configs_refuse_what_cannot_work(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"sqlite:///runs/mlflow\.db"):
         MlflowConfig("file:///runs/mlruns")

@@ -383,6 +383,9 @@ if __name__ == "__main__":
 
     def main(config: RunConfig) -> None:
         """Index `data.shards` into `data.manifest`."""
+        # This module runs under the name __main__; Ray's workers want it under its own.
+        from framework.data.index import IndexConfig, index
+
         connect(config.cluster)
         chosen = IndexConfig(heldout_fraction=config.data.heldout_fraction)
         print(index(config.data.shards, config.data.manifest, chosen))

@@ -57,10 +57,10 @@ OVERHANG = 1.0  # pixels by which a shape may leave the frame at the ends of its
 HELD_OUT_ONE_IN = 8
 
 # By shape, in units of the radius: reach of the shape up, down and to either side of its centroid.
-# Square and circle of one radius have one area; the triangle is equilateral, its tip up, a bit
-# smaller in area and a bit larger in reach.
+# Shapes of one radius have about one area. The triangle is equilateral, its tip up; were it less,
+# a codec that keeps blocks of 2 x 2 pixels would leave too little of its corners to be read.
 _SQUARE = math.sqrt(math.pi) / 2
-_TRIANGLE = 1.3
+_TRIANGLE = 1.5
 REACH = {
     "circle": (1.0, 1.0, 1.0),
     "square": (_SQUARE, _SQUARE, _SQUARE),

@@ -30,15 +30,17 @@ class VideoFeatures(Protocol):
 class RandomConv3d:
     """Fixed random 3-D convolutions over 16 frames of 32 x 32; weights by framework.seeding.
 
-    Three layers of stride 2 see 3, 7 and 15 positions in each direction; a vector is the mean of
-    each channel over space and time, the layers end to end.
+    Three layers of stride 2 see 3, 7 and 15 positions in each direction. Of every channel a vector
+    holds the mean over space and time, and how much it varies in time: without the latter a video
+    that stands still looked the same (measured on moving shapes). Half of the first filters are
+    blind to constant colour, so that colour does not drown shape and motion.
     """
 
     name = "random_conv3d"
     num_frames = 16
     size = 32
-    widths = (32, 64, 96)
-    dim = sum(widths)
+    widths = (32, 48, 48)
+    dim = 2 * sum(widths)
 
     def __init__(self) -> None:
         self._weights: list[Tensor] = []
@@ -46,14 +48,17 @@ class RandomConv3d:
         for layer, width in enumerate(self.widths):
             fan_in = channels * 27
             values = draws(0, 0, layer, "random_conv3d").normal(width * fan_in)
-            # He et al. 2015: gain sqrt(2) keeps the scale through ReLU.
+            # He et al. 2015: variance 2 / fan_in keeps the scale through ReLU.
             weight = torch.from_numpy(values).view(width, channels, 3, 3, 3) * (2 / fan_in) ** 0.5
+            if layer == 0:
+                half = weight[: width // 2]
+                weight[: width // 2] = half - half.mean(dim=(2, 3, 4), keepdim=True)
             self._weights.append(weight)
             channels = width
 
     @torch.no_grad()
     def __call__(self, frames: np.ndarray) -> np.ndarray:
-        """Frames (T, H, W, 3) uint8, T >= 1 -> (192,) float64.
+        """Frames (T, H, W, 3) uint8, T >= 1 -> (256,) float64.
 
         Frames are taken evenly spaced over the whole duration (repeated where there are fewer than
         16), then resized without regard to aspect ratio, smoothed against aliasing.
@@ -72,4 +77,5 @@ class RandomConv3d:
         for weight in self._weights:
             x = F.conv3d(x, weight, stride=2, padding=1).relu()
             pooled.append(x.mean(dim=(0, 2, 3, 4)))  # (width,)
+            pooled.append(x.std(dim=2, correction=0).mean(dim=(0, 2, 3)))  # (width,)
         return torch.cat(pooled).double().numpy()

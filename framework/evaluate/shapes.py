@@ -74,7 +74,7 @@ def read_shape(frames: np.ndarray) -> Reading:
     if np.mean(seen) < MIN_STEADY:
         return Reading()
     centre = _centroids(alpha)  # (T, 2)
-    shape, iou = _best_shape(mask, area, centre)
+    shape, iou = _best_shape(alpha, centre)
     step, steady = _motion(centre, seen, scale=min(mask.shape[1:]) / 32)
     return Reading(
         colour=_nearest_colour(front, pixels[mask]),
@@ -140,16 +140,23 @@ def _centroids(alpha: np.ndarray) -> np.ndarray:
     return np.stack([y, x], axis=1)
 
 
-def _best_shape(mask: np.ndarray, area: np.ndarray, centre: np.ndarray) -> tuple[str, float]:
-    """The shape of the largest median IoU over the frames, and that IoU."""
-    ious = {}
+def _best_shape(alpha: np.ndarray, centre: np.ndarray) -> tuple[str, float]:
+    """The ideal shape that is least different, median over the frames, and its median IoU.
+
+    The difference is taken with smooth edges, which tell a square from a circle of 16 pixels where
+    masks alone do not; the IoU is of masks.
+    """
+    mask = alpha > 0.5
+    area = mask.sum(axis=(1, 2))
+    differences, ious = {}, {}
     for shape in SHAPES:
         radius = np.sqrt(area / AREA[shape])
-        ideal = coverage(shape, centre[:, 0], centre[:, 1], radius, *mask.shape[1:]) > 0.5
-        union = np.maximum((mask | ideal).sum(axis=(1, 2)), 1)
-        ious[shape] = float(np.median((mask & ideal).sum(axis=(1, 2)) / union))
-    best = max(ious, key=lambda shape: ious[shape])
-    return best, ious[best]
+        ideal = coverage(shape, centre[:, 0], centre[:, 1], radius, *mask.shape[1:])
+        differences[shape] = np.median(np.square(alpha - ideal).sum(axis=(1, 2)))
+        both, either = mask & (ideal > 0.5), mask | (ideal > 0.5)
+        ious[shape] = np.median(both.sum(axis=(1, 2)) / np.maximum(either.sum(axis=(1, 2)), 1))
+    best = min(SHAPES, key=lambda shape: float(differences[shape]))
+    return best, float(ious[best])
 
 
 def _motion(centre: np.ndarray, seen: np.ndarray, scale: float) -> tuple[np.ndarray, bool]:

@@ -23,7 +23,9 @@ def validation_loss(
     levels: Sequence[float] = LEVELS,
     seed: int = 0,
 ) -> dict[str, float]:
-    """Mean loss per loss-bearing token: "loss_t0.1" and so on by level, and their mean, "loss".
+    """Mean loss per token by level ("loss_t0.1" and so on), and the mean of these ("loss").
+
+    Tokens count by their weight, `batch.loss_mask`: failed, given and padding tokens by none.
 
     Runs in eval mode on the model's device and goes through `batches` once. ValueError where they
     hold no loss-bearing token.

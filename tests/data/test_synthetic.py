@@ -28,7 +28,7 @@ from framework.video import decode, probe
 
 CONFIG = SyntheticConfig()
 # SHA-256 of the frames of the first hundred clips.
-DIGEST = "4075d581ac41cae5accfa78f5fe941365f466fe045aec0be72bd65541c161249"
+DIGEST = "0a4b91d3f1f7882d783cfbcaf0458d53c264caa4af528986f0166a3fd7ffbe17"
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,119 @@
+"""The stream carries the plan out: in its order, on any number of ranks, holes and all."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from framework.assembly import Assembly
+from framework.config import compose
+from framework.data.collate import assemble, to_batch
+from framework.data.index import IndexConfig, index_shard, write_index
+from framework.data.plan import Plan
+from framework.data.synthetic import SyntheticConfig, shard_samples
+from framework.data.shards import write_shards
+from framework.storage import Store
+
+SHARD = "shard-000000.tar"
+
+
+@pytest.fixture(scope="module")
+def line(tmp_path_factory: pytest.TempPathFactory) -> tuple[Assembly, Plan, str]:
+    """A line on 40 clips, with its plan; the bytes of one clip are spoilt after indexing."""
+    folder = tmp_path_factory.mktemp("stream")
+    config = compose(
+        [
+            "experiment=demo",
+            f"data.shards={folder}/clips",
+            f"data.manifest={folder}/manifest",
+            "data.max_tokens=192",
+            "data.global_batch_packs=3",
+        ]
+    )
+    store = Store(folder / "clips")
+    write_shards(store, shard_samples(SyntheticConfig(num_clips=40), 0), 40)
+    found = {SHARD: index_shard(store.url, SHARD, IndexConfig(heldout_fraction=0.0))}
+    write_index(store.url, f"{folder}/manifest", found)
+    assembly = Assembly.of(config)
+    plan = assembly.make_plan(Store(folder), 1, print)
+    return assembly, plan, store.url
+
+
+def spoil(url: str, plan: Plan) -> str:
+    """Overwrite the bytes of the first clip of step 1; its key."""
+    clip = plan.packs(0, 1, 0, 1)[0].clips[0]
+    store = Store(url)
+    data = bytearray(store.read(SHARD))
+    data[clip.offset : clip.offset + clip.size_bytes] = b"\xff" * clip.size_bytes
+    store.write(SHARD, bytes(data))
+    return clip.key
+
+
+def test_a_pack_has_the_recipes_static_shapes(line: tuple[Assembly, Plan, str]) -> None:
+    assembly, plan, shards_url = line
+    (pack, *_) = plan.packs(0, 0, 0, 1)
+    reader = assembly.reader(shards_url)
+    batch = to_batch(assemble(pack, reader, plan.recipe), 0, 0, 0)
+    recipe = plan.recipe
+    assert batch.tokens.shape == (recipe.max_tokens, 144)
+    assert batch.text.shape == (recipe.max_text_tokens,)
+    assert batch.num_segments == recipe.max_clips + 1
+    assert batch.cu_seqlens[-1] == recipe.max_tokens
+    assert batch.cu_text[-1] == recipe.max_text_tokens
+    assert batch.loss_mask.sum() == sum(clip.tokens for clip in pack.clips)
+    grid_tokens = batch.grid[: len(pack.clips)].prod(dim=1)
+    assert grid_tokens.tolist() == batch.cu_seqlens.diff()[: len(pack.clips)].tolist()
+    assert batch.tokens[: batch.cu_seqlens[len(pack.clips)]].abs().sum() > 0
+
+    tight = to_batch(assemble(pack, reader, plan.recipe, static_shapes=False), 0, 0, 0)
+    used = len(tight.tokens)
+    assert used == sum(clip.tokens for clip in pack.clips)
+    assert np.array_equal(tight.tokens, batch.tokens[:used])
+
+
+@pytest.fixture
+def local_ray() -> Iterator[None]:
+    import ray
+
+    ray.init(num_cpus=4, include_dashboard=False, address="local", log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("local_ray")
+def test_global_batches_do_not_know_the_number_of_ranks(line: tuple[Assembly, Plan, str]) -> None:
+    from framework.data.stream import open_stream
+
+    assembly, plan, shards_url = line
+    key = spoil(shards_url, plan)
+    reader, config = assembly.reader(shards_url), assembly.data.stream
+    count = plan.num_steps(0)
+
+    def batches(start: int, rank: int, size: int) -> list[list[tuple[list[int], float]]]:
+        stream = open_stream(plan, reader, config, start, count, rank, size)
+        return [
+            [(b.clip_ids[b.clip_ids >= 0].tolist(), float(b.tokens.double().sum())) for b in packs]
+            for packs in stream
+        ]
+
+    whole = batches(0, 0, 1)
+    assert len(whole) == count
+    seen = [clip for step in whole for clips, _ in step for clip in clips]
+    assert sorted(seen) == sorted(set(seen))  # each clip once
+    assert len(seen) == plan.summary(0).clips
+
+    halves = [batches(0, rank, 2) for rank in range(2)]
+    for step, packs in enumerate(whole):
+        both = [pack for rank in range(2) for pack in halves[rank][step] if pack[0]]
+        assert sorted(both) == sorted(pack for pack in packs if pack[0])
+        assert len(halves[0][step]) == len(halves[1][step]) == 2  # 3 packs and a dummy
+    assert batches(2, 0, 1) == whole[2:]  # a resume is an integer
+
+    stream = open_stream(plan, reader, config, 1, 2, 0, 1)
+    (packs,) = list(stream)
+    (failure,) = [name for batch in packs for name in batch.failed]
+    assert failure.startswith(f"{key}: ")
+    assert packs[0].clip_weights[0] == 0
+    assert packs[0].tokens[: packs[0].cu_seqlens[1]].abs().sum() == 0
