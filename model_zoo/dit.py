@@ -40,16 +40,19 @@ TIME_FEATURES = 256  # sinusoids of the time embedding, as in DiT and Wan
 class DiTConfig:
     """Size and options of a `DiT`; `build` makes it.
 
-    `rope_theta`: base of the rotary frequencies. `gate_init`: where the gates of attention and
-    feed-forward start; 0 is adaLN-zero (Peebles and Xie 2023), the safe choice at scale, while .3
-    lets a small model learn sooner. `text_depth`, `text_max_length`: layers and positions of the
-    encoder of text ids; unused where text comes as embeddings. `attention`: see `choose_backend`.
+    `patch`: latent positions in time, height and width that make one token; whoever feeds the model
+    patchifies. `rope_theta`: base of the rotary frequencies. `gate_init`: where the gates of
+    attention and feed-forward start; 0 is adaLN-zero (Peebles and Xie 2023), the safe choice at
+    scale, while .3 lets a small model learn sooner. `text_depth`, `text_max_length`: layers and
+    positions of the encoder of text ids; unused where text comes as embeddings. `attention`: see
+    `choose_backend`.
     """
 
     width: int
     ffn: int
     num_heads: int
     depth: int
+    patch: tuple[int, int, int] = (1, 2, 2)
     rope_theta: float = 10000.0
     gate_init: float = 0.0
     text_depth: int = 2
@@ -66,6 +69,8 @@ class DiTConfig:
         for name in ("ffn", "depth", "text_max_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if min(self.patch) < 1:
+            raise ValueError(f"patch={self.patch} must be at least 1 in time, height and width")
         if self.text_depth < 0:
             raise ValueError(f"text_depth={self.text_depth} must not be negative")
         if self.attention not in ("varlen", "flash_attn"):  # these are judged where they run

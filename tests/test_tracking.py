@@ -380,6 +380,7 @@ def test_a_server_that_hangs_and_dies_and_comes_back(
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "4")
     config = MlflowConfig(server.uri, send_interval_s=0.0)
     tracker = open_run(config, tmp_path / "journal")
+    tracker.log_metrics({"eval/loss": float("nan")}, 0)
     for step in range(100):
         tracker.log_metrics({"train/loss": step, "train/grad_norm": float("inf")}, step)
     assert tracker.flush(WAIT_S)
@@ -411,3 +412,5 @@ def test_a_server_that_hangs_and_dies_and_comes_back(
     grad_norms = points(config, tracker.run_id, "train/grad_norm")
     assert len(grad_norms) == 100
     assert min(value for _, value in grad_norms) > 1e300
+    ((_, value),) = points(config, tracker.run_id, "eval/loss")
+    assert value != value

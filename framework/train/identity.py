@@ -7,6 +7,7 @@ next generation (`name~2`, `name~3`, …), which is the one that later commands 
 
 import json
 import subprocess
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,13 @@ FREE_KEYS = (
 
 def generations(run: RunSection) -> list[str]:
     """Folders of this run below its root, oldest first."""
-    root = Store(run.root)
-    found = {name.split("/", 1)[0] for name in root.list() if "/config.json" in name}
-    numbered = {1: run.name} if run.name in found else {}
-    for name in found:
-        base, _, number = name.rpartition("~")
-        if base == run.name and number.isdigit():
-            numbered[int(number)] = name
-    return [numbered[number] for number in sorted(numbered)]
+    root, names = Store(run.root), []
+    for number in count(1):
+        name = run.name if number == 1 else f"{run.name}~{number}"
+        if not root.exists(f"{name}/config.json"):
+            return names
+        names.append(name)
+    raise AssertionError("unreachable")
 
 
 def run_store(run: RunSection) -> Store:
@@ -46,8 +46,7 @@ def claim(run: RunSection, config: dict[str, Any]) -> Store:
     """
     names = generations(run)
     if run.fresh and names:
-        last = names[-1].rpartition("~")[2]
-        name = f"{run.name}~{int(last) + 1 if last.isdigit() and '~' in names[-1] else 2}"
+        name = f"{run.name}~{len(names) + 1}"
     else:
         name = names[-1] if names else run.name
     store = Store(run.root).child(name)

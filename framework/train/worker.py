@@ -77,7 +77,7 @@ def work(args: WorkerArgs) -> None:
     tracker: Tracker = NoTracker()
     if rank == 0:
         tracker = open_tracker(args.tracking, store, args.run_name, "rank-0")
-    throughput = Throughput(time.perf_counter, peak_tflops=args.train.peak_tflops)
+    throughput = Throughput(time.perf_counter, peak_tflops=args.train.peak_tflops, num_devices=dp_size)
     reporter = Reporter(
         store,
         tracker,
@@ -97,6 +97,8 @@ def work(args: WorkerArgs) -> None:
         reporter.write_ledger(done)
         _barrier(dp_size)
         if rank == 0:
+            if tracker.journal_path is not None:
+                store.write("tracking-journal.jsonl", tracker.journal_path.read_bytes())
             meta = _meta(args, plan, done, dp_size, tracker.run_id)
             checkpoints.commit(done, meta)
             checkpoints.retain(args.train.keep_checkpoints)
@@ -124,7 +126,7 @@ def work(args: WorkerArgs) -> None:
                 device=device,
             )
     except BaseException:
-        tracker.close("FAILED")
+        tracker.close("FAILED", timeout_s=5)
         raise
     # The driver ends the MLflow run: evaluation still writes to it.
     tracker.flush(timeout_s=60)

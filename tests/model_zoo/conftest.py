@@ -7,6 +7,9 @@ import torch
 
 from framework.batch import PackedBatch
 
+# Models this small are slower on several threads, by far so where others use the machine.
+torch.set_num_threads(1)
+
 Grid = tuple[int, int, int]
 MakePack = Callable[..., PackedBatch]
 

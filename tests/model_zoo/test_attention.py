@@ -91,7 +91,7 @@ def test_backends():
     assert choose_backend("auto", "cuda", torch.bfloat16) == "varlen"
     with pytest.raises(ValueError, match="runs on CUDA"):
         choose_backend("varlen", "cpu")
-    with pytest.raises(ValueError, match="not on cuda in torch.float32"):
+    with pytest.raises(ValueError, match="not on cuda in"):
         choose_backend("flash_attn", "cuda", torch.float32)
     with pytest.raises(ValueError, match="use one of auto"):
         choose_backend("flash", "cpu")

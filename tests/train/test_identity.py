@@ -1,0 +1,42 @@
+"""A name finds its run; another config is refused; fresh starts beside it."""
+
+from pathlib import Path
+
+import pytest
+
+from framework.train.config import RunSection
+from framework.train.identity import claim, generations, run_store
+
+
+def test_a_run_is_found_again_by_name_and_config(tmp_path: Path) -> None:
+    run = RunSection("a", str(tmp_path))
+    config = {"train.steps": 3, "cluster.num_workers": 2}
+    first = claim(run, config)
+    assert claim(run, config).url == first.url == run_store(run).url
+    # Where it computes may change.
+    assert claim(run, {**config, "cluster.num_workers": 8}).url == first.url
+
+
+def test_another_config_is_refused_by_its_keys(tmp_path: Path) -> None:
+    run = RunSection("a", str(tmp_path))
+    claim(run, {"train.steps": 3, "optimizer.lr": 0.1})
+    with pytest.raises(ValueError, match=r"train.steps: 3 there, 4 here\n(.|\n)*run.fresh=true"):
+        claim(run, {"train.steps": 4, "optimizer.lr": 0.1})
+
+
+def test_fresh_starts_beside_it_and_is_then_the_one_that_is_found(tmp_path: Path) -> None:
+    run = RunSection("a", str(tmp_path))
+    fresh = RunSection("a", str(tmp_path), fresh=True)
+    claim(run, {"x": 1})
+    second = claim(fresh, {"x": 2})
+    assert second.url.endswith("/a~2")
+    assert claim(run, {"x": 2}).url == second.url
+    assert claim(fresh, {"x": 2}).url.endswith("/a~3")
+    assert generations(run) == ["a", "a~2", "a~3"]
+    assert generations(RunSection("b", str(tmp_path))) == []
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "a~2", "../a", "a b"])
+def test_names_that_are_no_folder_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="letters, digits"):
+        RunSection(name)
