@@ -14,12 +14,12 @@ import torch
 from torch import nn
 
 from framework.checkpoint import find_checkpoint, load_weights
+from framework.data.collate import ClipReader
 from framework.data.config import DataConfig
 from framework.data.cost import CostModel
 from framework.data.manifest import read_manifest
 from framework.data.plan import Plan, make_epoch
 from framework.data.recipe import Recipe
-from framework.data.collate import ClipReader
 from framework.data.views import Geometry
 from framework.diffusion.objective import Objective
 from framework.storage import Store
@@ -161,4 +161,3 @@ class Assembly:
             encode_text=CaptionEncoder(self.text),
             token_size=self.token_size,
         )
-

@@ -1,9 +1,9 @@
 """The typed run config: composes `conf/`, checks names, types and ranges, builds dataclasses.
 
-YAML holds named choices; frozen dataclasses hold defaults, types and checks. A node with `_target_`
-names such a dataclass under `framework.` or `model_zoo.`; nothing else is ever instantiated, and the
-prefix is looked at before the import. An override may set any field of a dataclass, whether its YAML
-lists it or not; a misspelt one is answered with the nearest valid name.
+YAML holds named choices; frozen dataclasses hold defaults, types and checks. A node with
+`_target_` names such a dataclass under `framework.` or `model_zoo.`; nothing else is ever
+instantiated, and the prefix is looked at before the import. An override may set any field of a
+dataclass, whether its YAML lists it or not; a misspelt one is answered with the nearest valid name.
 
 Only entry points and tests import this module; everyone else is handed a sub-config.
 """
@@ -94,14 +94,13 @@ def _force_add(argument: str) -> str:
 
 
 def convert(node: DictConfig) -> RunConfig:
-    """Turn a composed config into dataclasses; ValueError names the key and the nearest valid one."""
+    """Turn a composed config into dataclasses; ValueError names the key and the nearest one."""
     try:
         mapping = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
     except Exception as error:  # OmegaConf's own errors name the key already
         raise ValueError(str(error).strip()) from error
     assert isinstance(mapping, dict)
-    mapping = {key: value for key, value in mapping.items() if key != "hydra"}
-    return _build(RunConfig, mapping, "")
+    return _build(RunConfig, {str(k): v for k, v in mapping.items() if k != "hydra"}, "")
 
 
 def to_mapping(config: Any) -> Any:
@@ -139,7 +138,7 @@ def _build(cls: type, mapping: dict[str, Any], path: str) -> Any:
     for key in given:
         if key not in fields:
             near = difflib.get_close_matches(key, fields, n=1)
-            hint = f"did you mean {_join(path, near[0])}?" if near else f"it has {', '.join(fields)}"
+            hint = f"did you mean {_join(path, near[0])}?" if near else f"try {', '.join(fields)}"
             raise ValueError(f"{_join(path, key)}: no such key; {hint}")
     for name, f in fields.items():
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
@@ -173,12 +172,12 @@ def _value(hint: Any, value: Any, path: str) -> Any:
     if origin in (tuple, list):
         if not isinstance(value, list | tuple):
             raise ValueError(f"{path}={value!r}: a list is needed")
-        inner_hints = args * len(value) if origin is list or args[-1] is Ellipsis else args
-        if origin is tuple and args[-1] is Ellipsis:
-            inner_hints = args[:1] * len(value)
+        any_length = origin is list or args[-1] is Ellipsis
+        inner_hints = args[:1] * len(value) if any_length else args
         if len(inner_hints) != len(value):
             raise ValueError(f"{path}={value!r}: exactly {len(inner_hints)} values are needed")
-        items = [_value(h, v, f"{path}[{i}]") for i, (h, v) in enumerate(zip(inner_hints, value))]
+        pairs = enumerate(zip(inner_hints, value, strict=True))
+        items = [_value(h, v, f"{path}[{i}]") for i, (h, v) in pairs]
         return tuple(items) if origin is tuple else items
     if origin is dict:
         if not isinstance(value, dict):
@@ -215,7 +214,12 @@ def _target(value: Any, path: str) -> Any:
         cls = getattr(importlib.import_module(module_name), class_name)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"{path}._target_={name!r}: {error}") from error
-    frozen = dataclasses.is_dataclass(cls) and cls.__dataclass_params__.frozen  # type: ignore[attr-defined]
-    if not isinstance(cls, type) or not frozen or cls.__module__ != module_name:
+    params = getattr(cls, "__dataclass_params__", None)
+    if (
+        not isinstance(cls, type)
+        or not params
+        or not params.frozen
+        or cls.__module__ != module_name
+    ):
         raise ValueError(f"{path}._target_={name!r}: it is not a frozen config dataclass")
     return _build(cls, value, path)

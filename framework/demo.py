@@ -26,7 +26,7 @@ from framework.train.job import Result, train
 from framework.train.report import read_ledger
 from framework.train.run_tracker import open_tracker
 
-# Seconds of each stage on two cores of a small cloud machine; they only serve to tell the time left.
+# Seconds of each stage on two cores of a small cloud machine; they only tell the time left.
 STAGES = {
     "making captioned clips": 25,
     "indexing the shards": 15,
@@ -35,7 +35,7 @@ STAGES = {
     "evaluating the trained model": 35,
     "sampling videos": 5,
 }
-# (caption, frames, height, width): trained shapes and sizes, then longer and larger than any trained.
+# (caption, frames, height, width): sizes that were trained, then a longer and a larger one.
 SHOWCASE = (
     ("a red circle moves left quickly over grey", 16, 32, 48),
     ("a blue square moves down slowly over black", 24, 32, 32),
@@ -128,7 +128,7 @@ def _summary(
         "loss_last": sum(losses[-count:]) / count,
         "before": before,
         "after": after,
-        "speed": result.speed,
+        "speed": result.checkpoint.meta["speed"],
         "plan": {"digest": plan.digest, "fill": plan.fill, "imbalance": plan.imbalance},
         "samples": samples,
         "mlflow_run_id": result.tracker_run_id,

@@ -1,8 +1,8 @@
 """Every random number of a run, as a pure function of (seed, epoch, clip, purpose).
 
-Randomness belongs to the clip, not to the process that happens to draw it: neither the rank, nor the
-device, nor the order of work, nor a library version moves a draw. Bits come from Philox4x64-10, a
-counter-based generator (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), whose
+Randomness belongs to the clip, not to the process that happens to draw it: neither the rank, nor
+the device, nor the order of work, nor a library version moves a draw. Bits come from Philox4x64-10,
+a counter-based generator (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), whose
 raw stream numpy guarantees; uniforms and normals are made from those bits here, since numpy does
 not guarantee its distributions across versions.
 """
@@ -87,5 +87,5 @@ class Draws:
 
 
 def draws(seed: int, epoch: int, clip_id: int, purpose: str) -> Draws:
-    """The random numbers of `purpose` ("noise", "timestep", "crop", …) for one clip of one epoch."""
+    """The random numbers of `purpose` ("noise", "timestep", …) for one clip of one epoch."""
     return Draws(hash64(seed, epoch, clip_id, purpose))

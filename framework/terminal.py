@@ -29,7 +29,9 @@ class Terminal:
     def stage(self, number: int, count: int, name: str, rest_s: float) -> None:
         """A new stage; `rest_s` is what it and the later ones take, by experience."""
         elapsed = duration(time.monotonic() - self._began)
-        self.say(f"\n[{number}/{count}] {name}   ({elapsed} so far, about {duration(rest_s)} to go)")
+        self.say(
+            f"\n[{number}/{count}] {name}   ({elapsed} so far, about {duration(rest_s)} to go)"
+        )
 
     def show(self, line: dict[str, Any]) -> None:
         """A line of a running job: {"stage"}, {"text"}, or a step with its figures."""

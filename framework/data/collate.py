@@ -60,7 +60,7 @@ def assemble(
     """One pack as arrays, named as the fields of PackedBatch.
 
     With `static_shapes` L and K are the recipe's budgets, the padding segment taking the rest;
-    without, they are what the clips fill, which saves the work on padding where nothing is compiled.
+    without, they are what the clips fill: no work on padding, where nothing is compiled.
     """
     num_segments = recipe.max_clips + 1
     count = len(pack.clips)
@@ -86,8 +86,8 @@ def assemble(
     tokens = _resized(np.concatenate(tokens_by_clip), int(lengths.sum()))
     text = _resized(joined, int(text_lengths.sum()))
 
-    def by_clip(name: str, dtype: type, fill: float, width: tuple[int, ...] = ()) -> np.ndarray:
-        values = np.full((num_segments, *width), fill, dtype)
+    def by_clip(name: str, dtype: type, fill: float) -> np.ndarray:
+        values: np.ndarray = np.full(num_segments, fill, dtype)
         values[:count] = [getattr(clip, name) for clip in pack.clips]
         return values
 

@@ -14,7 +14,13 @@ def main(config: RunConfig) -> None:
     model, step = assembly.load_model(run, config.evaluate.checkpoint, config.evaluate.weights)
     terminal.say(f"evaluating step {step} of {run.url}")
     evaluation = evaluate(
-        assembly, model, step, run, config.evaluate, config.sampler, lambda t: terminal.say(f"  {t}")
+        assembly,
+        model,
+        step,
+        run,
+        config.evaluate,
+        config.sampler,
+        lambda t: terminal.say(f"  {t}"),
     )
     for name, value in sorted(evaluation.metrics.items()):
         terminal.say(f"  {name:40} {value:.4f}")

@@ -1,7 +1,7 @@
 """`python -m framework.train experiment=…`: train a run, or go on with it."""
 
-from framework.config import RunConfig, entry, flatten, to_mapping
 from framework.assembly import Assembly
+from framework.config import RunConfig, entry, flatten, to_mapping
 from framework.terminal import Terminal
 from framework.train.job import Job, train
 

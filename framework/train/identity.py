@@ -24,7 +24,8 @@ FREE_KEYS = (
 
 def generations(run: RunSection) -> list[str]:
     """Folders of this run below its root, oldest first."""
-    root, names = Store(run.root), []
+    root = Store(run.root)
+    names: list[str] = []
     for number in count(1):
         name = run.name if number == 1 else f"{run.name}~{number}"
         if not root.exists(f"{name}/config.json"):

@@ -106,7 +106,10 @@ def train(job: Job, show: Callable[[dict[str, Any]], None]) -> Result:
         scaling_config=ray.train.ScalingConfig(
             num_workers=job.cluster.num_workers,
             use_gpu=gpus > 0,
-            resources_per_worker={"CPU": job.cluster.cpus_per_worker, **({"GPU": 1} if gpus else {})},
+            resources_per_worker={
+                "CPU": job.cluster.cpus_per_worker,
+                **({"GPU": 1} if gpus else {}),
+            },
         ),
         run_config=ray.train.RunConfig(
             name=store.url.rsplit("/", 1)[-1],

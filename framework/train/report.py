@@ -56,6 +56,7 @@ class Reporter:
         self._pending: list[StepOutput] = []
         self._rows: list[dict[str, Any]] = []
         self._failed: list[str] = []
+        self._seconds = self._tokens = self._wait_s = 0.0
 
     def record(self, output: StepOutput) -> None:
         """Take one step; every `log_every` steps its window is reduced over ranks and logged."""
@@ -72,6 +73,11 @@ class Reporter:
         if self._dp_size > 1:
             distributed.all_reduce(losses)
         speed = self._throughput.window()
+        if speed:
+            seconds = speed["speed/step_s"] * len(self._pending)
+            self._seconds += seconds
+            self._tokens += speed["speed/tokens_per_s"] * seconds
+            self._wait_s += speed["data/wait_share"] * seconds
         for output, loss in zip(self._pending, losses.tolist(), strict=True):
             inputs = output.inputs
             packs = [batch for batch, _ in inputs.packs]
@@ -107,3 +113,12 @@ class Reporter:
             self._tracker.log_metrics({"data/failed_clips": len(self._failed)}, step=step - 1)
         self._rows.clear()
         self._failed.clear()
+
+    def average_speed(self) -> dict[str, float]:
+        """Over all steps of this process, checkpoints left out."""
+        if not self._seconds:
+            return {"tokens_per_s": 0.0, "wait_share": 0.0}
+        return {
+            "tokens_per_s": self._tokens / self._seconds,
+            "wait_share": self._wait_s / self._seconds,
+        }

@@ -17,8 +17,8 @@ from torch import distributed
 
 from framework.assembly import Assembly
 from framework.checkpoint import Checkpoint, Checkpoints
-from framework.data.plan import Plan
 from framework.data.config import StreamConfig
+from framework.data.plan import Plan
 from framework.data.stream import open_stream
 from framework.diffusion.objective import Objective
 from framework.storage import Store
@@ -62,9 +62,7 @@ def work(args: WorkerArgs) -> None:
 
     store = Store(args.run_url)
     plan = Plan(store, args.plan_digest)
-    engine = args.engine.build(
-        args.assembly.build_model, args.optimizer, args.train.steps, device
-    )
+    engine = args.engine.build(args.assembly.build_model, args.optimizer, args.train.steps, device)
     checkpoints = Checkpoints(store.child("checkpoints"))
     start = 0
     latest = _agree_on_latest(checkpoints, rank, dp_size)
@@ -77,7 +75,9 @@ def work(args: WorkerArgs) -> None:
     tracker: Tracker = NoTracker()
     if rank == 0:
         tracker = open_tracker(args.tracking, store, args.run_name, "rank-0")
-    throughput = Throughput(time.perf_counter, peak_tflops=args.train.peak_tflops, num_devices=dp_size)
+    throughput = Throughput(
+        time.perf_counter, peak_tflops=args.train.peak_tflops, num_devices=dp_size
+    )
     reporter = Reporter(
         store,
         tracker,
@@ -99,7 +99,7 @@ def work(args: WorkerArgs) -> None:
         if rank == 0:
             if tracker.journal_path is not None:
                 store.write("tracking-journal.jsonl", tracker.journal_path.read_bytes())
-            meta = _meta(args, plan, done, dp_size, tracker.run_id)
+            meta = _meta(args, plan, done, dp_size, tracker.run_id, reporter.average_speed())
             checkpoints.commit(done, meta)
             checkpoints.retain(args.train.keep_checkpoints)
             tracker.log_checkpoint(folder.url, done)
@@ -159,7 +159,12 @@ def _barrier(dp_size: int) -> None:
 
 
 def _meta(
-    args: WorkerArgs, plan: Plan, done: int, dp_size: int, run_id: str | None
+    args: WorkerArgs,
+    plan: Plan,
+    done: int,
+    dp_size: int,
+    run_id: str | None,
+    speed: dict[str, float],
 ) -> dict[str, Any]:
     epoch, step = plan.locate(done - 1)
     return {
@@ -171,6 +176,7 @@ def _meta(
         "config": args.identity,
         "code_version": args.code_version,
         "tracker_run_id": run_id,
+        "speed": speed,
     }
 
 

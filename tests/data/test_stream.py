@@ -1,7 +1,6 @@
 """The stream carries the plan out: in its order, on any number of ranks, holes and all."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +10,8 @@ from framework.config import compose
 from framework.data.collate import assemble, to_batch
 from framework.data.index import IndexConfig, index_shard, write_index
 from framework.data.plan import Plan
-from framework.data.synthetic import SyntheticConfig, shard_samples
 from framework.data.shards import write_shards
+from framework.data.synthetic import SyntheticConfig, shard_samples
 from framework.storage import Store
 
 SHARD = "shard-000000.tar"

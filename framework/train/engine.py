@@ -1,0 +1,104 @@
+"""What a training engine is, and the little that both engines share.
+
+One optimizer step is any number of `backward` calls, the same on every rank, and one `step`.
+Gradients are averaged over ranks and summed over the calls, so that a caller passes
+`local_sum * dp_size / N` and nothing else scales it.
+"""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, distributed, nn
+
+from framework.storage import Store
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# What is kept of each parameter, in float32. A checkpoint holds it as `<kind>.<parameter name>`.
+KINDS = ("weights", "exp_avg", "exp_avg_sq", "ema")
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """What an optimizer step was.
+
+    `grad_norm`: L2 norm of the averaged gradient before clipping; infinite where it was not a
+    number, and then nothing was updated. `lr`: the learning rate of the step.
+    """
+
+    grad_norm: float
+    lr: float
+
+
+class Engine(Protocol):
+    """A model in training on one rank. Every rank makes the same calls in the same order."""
+
+    @property
+    def model(self) -> nn.Module:
+        """What the objective calls; its outputs may go to `backward`."""
+        ...
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of a scalar `loss`, averaged over the ranks, to that of the step."""
+        ...
+
+    def step(self) -> StepStats:
+        """Clip, update weights and EMA at this step's learning rate, forget the gradient."""
+        ...
+
+    def save(self, store: Store) -> None:
+        """Write the whole training state below `state/` of a checkpoint's folder."""
+        ...
+
+    def load(self, store: Store) -> None:
+        """Take the training state from a checkpoint's folder, whoever wrote it."""
+        ...
+
+    def full_state(self, which: str = "weights") -> dict[str, Tensor]:
+        """The float32 "weights" or their "ema", whole, on the CPU of rank 0; empty elsewhere."""
+        ...
+
+
+@dataclass
+class Progress:
+    """How far the engine is; `steps` sets the learning rate, `updates` the EMA's ramp."""
+
+    steps: int = 0  # calls of step()
+    updates: int = 0  # those of them that changed the weights
+
+    def as_tensor(self) -> Tensor:
+        """(2,) int64."""
+        return torch.tensor([self.steps, self.updates])
+
+    @classmethod
+    def from_tensor(cls, tensor: Tensor) -> "Progress":
+        """The reverse of `as_tensor`."""
+        steps, updates = tensor.tolist()
+        return cls(steps, updates)
+
+
+def create_adam_state(optimizer: torch.optim.Optimizer, tensors: Sequence[Tensor]) -> None:
+    """Give AdamW the state that its first step would make, so that there is one to load into."""
+    for tensor in tensors:
+        optimizer.state[tensor] = {
+            "step": torch.zeros((), dtype=torch.float32, device=tensor.device),
+            "exp_avg": torch.zeros_like(tensor),
+            "exp_avg_sq": torch.zeros_like(tensor),
+        }
+
+
+def checkpoint_group() -> distributed.ProcessGroup | None:
+    """A process group for the checkpoint's own collectives; None where the default one will do.
+
+    It works on the CPU, and apart from training's, whose collectives it must not be mixed up with.
+    """
+    if not distributed.is_initialized():
+        return None
+    return distributed.new_group(backend="gloo")
+
+
+def silence_renamed_collectives() -> None:
+    """torch 2.13 renames collectives and warns at each call; libraries still use the old names."""
+    warnings.filterwarnings("ignore", r".*torch\.distributed\..*is deprecated", FutureWarning)
