@@ -19,7 +19,6 @@ $(READY): requirements.lock pyproject.toml
 	$(BIN)/pip install -q --no-build-isolation "$$(grep '^deepspeed==' requirements.lock)"
 	$(BIN)/pip install -q -r requirements.lock
 	$(BIN)/pip install -q --no-build-isolation --no-deps -e .
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m framework.train.zero
 	touch $(READY)
 
 # The whole line on two CPU cores, in about ten minutes: clips, manifest, plan, training under Ray

@@ -128,8 +128,14 @@ class Assembly:
 
     def build_model(self) -> nn.Module:
         """The denoiser on the CPU (or where the caller's context puts it), same for one seed."""
-        torch.manual_seed(self.seed)
         text = self.build_text()
+        longest, positions = getattr(text, "max_tokens", 0), self.model.text_max_length
+        if longest > positions:
+            raise ValueError(
+                f"text.max_tokens={longest} is more than model.text_max_length={positions}; "
+                "raise the latter"
+            )
+        torch.manual_seed(self.seed)
         return self.model.build(
             token_size=self.token_size,
             text_vocab=getattr(text, "vocab_size", None),

@@ -169,6 +169,10 @@ def _value(hint: Any, value: Any, path: str) -> Any:
         if not isinstance(value, dict):
             raise ValueError(f"{path}={value!r}: a mapping is needed")
         return _build(hint, value, path)
+    if origin is typing.Literal:
+        if value not in args:
+            raise ValueError(f"{path}={value!r}: must be one of {', '.join(map(str, args))}")
+        return value
     if origin in (tuple, list):
         if not isinstance(value, list | tuple):
             raise ValueError(f"{path}={value!r}: a list is needed")

@@ -72,6 +72,13 @@ class Segments:
         return Segments(cu_q.int(), cu_k.int(), max_q, max_k, runs, backend)
 
 
+def check_backend_name(name: str) -> None:
+    """Raises ValueError unless `name` is "auto" or a backend, whether or not it runs here."""
+    names = ("auto", *get_args(AttentionBackend))
+    if name not in names:
+        raise ValueError(f"attention={name!r} is not known; use one of {', '.join(names)}")
+
+
 @cache
 def choose_backend(
     name: str = "auto",
@@ -84,10 +91,8 @@ def choose_backend(
     over runs of equal segments elsewhere. Raises ValueError for an unknown name, and for a named
     kernel that cannot run here.
     """
+    check_backend_name(name)
     device = torch.device(device)
-    names = ("auto", *get_args(AttentionBackend))
-    if name not in names:
-        raise ValueError(f"attention={name!r} is not known; use one of {', '.join(names)}")
     if name == "auto":
         half_on_cuda = device.type == "cuda" and dtype in _HALF
         name = "varlen" if half_on_cuda and _has_varlen() else "sdpa"

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model_zoo.attention import AttentionBackend, Segments, choose_backend
+from model_zoo.attention import AttentionBackend, Segments, check_backend_name, choose_backend
 from model_zoo.layers import (
     CheckpointPolicy,
     CrossAttention,
@@ -60,21 +60,20 @@ class DiTConfig:
     attention: str = "auto"
 
     def __post_init__(self) -> None:
-        if self.num_heads < 1 or self.width % self.num_heads:
-            raise ValueError(
-                f"width={self.width} must be divisible by num_heads={self.num_heads}; "
-                f"try {max(1, self.width // 64)} heads"
-            )
-        axis_pairs(self.head_dim)
-        for name in ("ffn", "depth", "text_max_length"):
+        for name in ("width", "ffn", "num_heads", "depth", "text_max_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.width % self.num_heads:
+            fitting = next(n for n in range(self.num_heads, 0, -1) if self.width % n == 0)
+            raise ValueError(
+                f"width={self.width} must be divisible by num_heads={self.num_heads}; try {fitting}"
+            )
+        axis_pairs(self.head_dim)
         if min(self.patch) < 1:
             raise ValueError(f"patch={self.patch} must be at least 1 in time, height and width")
         if self.text_depth < 0:
             raise ValueError(f"text_depth={self.text_depth} must not be negative")
-        if self.attention not in ("varlen", "flash_attn"):  # these are judged where they run
-            choose_backend(self.attention)
+        check_backend_name(self.attention)
 
     @property
     def head_dim(self) -> int:

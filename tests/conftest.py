@@ -8,6 +8,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
+
+# Two cores are shared with Ray's workers and servers; more threads only get in each other's way.
+torch.set_num_threads(1)
 
 # A line that trains in seconds, on two ranks: the same parts as the demo's, only smaller.
 SMALL_LINE = (

@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from framework.assembly import Assembly
@@ -41,8 +42,9 @@ def sample_videos(
     names = []
     for number, (prompt, frames) in enumerate(zip(prompts, videos, strict=True)):
         names.append(file_name(number, prompt.text))
-        # H.264 in 4:2:0 wants even sizes; the odd row or column is repeated by the encoder.
-        out.write(names[-1], encode(frames, prompt.fps))
+        # H.264 in 4:2:0 wants even sizes: an odd last row or column is repeated.
+        odd = [(0, 0), *((0, size % 2) for size in frames.shape[1:3]), (0, 0)]
+        out.write(names[-1], encode(np.pad(frames, odd, mode="edge"), prompt.fps))
     sheet = contact_sheet(videos, [prompt.text for prompt in prompts])
     out.write("contact-sheet.png", sheet)
     return [join_url(out.url, name) for name in [*names, "contact-sheet.png"]]

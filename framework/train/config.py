@@ -1,7 +1,9 @@
 """What a run is called and how long it trains."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from model_zoo.layers import CheckpointPolicy
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class TrainConfig:
     checkpoint_every: int = 100
     keep_checkpoints: int = 3
     log_every: int = 10
+    activation_checkpointing: CheckpointPolicy = field(default_factory=CheckpointPolicy)
     deterministic: bool = False  # torch's deterministic algorithms, where they exist
     peak_tflops: float | None = None  # of one device, dense, in the run's dtype: gives MFU
 

@@ -42,7 +42,7 @@ class PlainConfig:
         num_steps: int,
         device: torch.device,
     ) -> "PlainEngine":
-        """The engine at step 0 of `num_steps`; `model_factory` seeds itself and builds on the CPU."""
+        """The engine at step 0 of `num_steps`; `model_factory` seeds itself, builds on the CPU."""
         return PlainEngine(self, model_factory().to(device), optimizer, num_steps)
 
 
@@ -59,6 +59,7 @@ class PlainEngine:
         self.progress = Progress()
         self.group = checkpoint_group()
         self.dp_size = distributed.get_world_size() if distributed.is_initialized() else 1
+        self.shapes = shapes_of(model)
         self.params = dict(model.named_parameters())
         if self.dp_size > 1:
             for parameter in self.params.values():
@@ -69,7 +70,7 @@ class PlainEngine:
         if config.dtype != "fp32":
             device = next(iter(self.params.values())).device
             autocast = torch.autocast(device.type, DTYPES[config.dtype])
-            model.forward = autocast(model.forward)  # type: ignore[method-assign]
+            model.forward = autocast(model.forward)
 
     def backward(self, loss: Tensor) -> None:
         """Add to the local gradient."""
@@ -112,17 +113,12 @@ class PlainEngine:
 
     def save(self, store: Store) -> None:
         """Write the state once, whatever the number of ranks: they share the tensors out."""
-        progress = self.progress.as_tensor()
-        save_state(
-            {"progress": progress, **self._state()}, shapes_of(self.model), store, self.group
-        )
+        save_state(self._state(self.progress.as_tensor()), self.shapes, store, self.group)
 
     def load(self, store: Store) -> None:
         """Every rank reads everything."""
         progress = self.progress.as_tensor()
-        load_state(
-            {"progress": progress, **self._state()}, shapes_of(self.model), store, self.group
-        )
+        load_state(self._state(progress), self.shapes, store, self.group)
         self.progress = Progress.from_tensor(progress)
         for parameter in self.params.values():
             self.optimizer.state[parameter]["step"].fill_(self.progress.updates)
@@ -131,11 +127,11 @@ class PlainEngine:
         """Copies of the weights or the EMA, on rank 0."""
         if self.dp_size > 1 and distributed.get_rank() > 0:
             return {}
-        source = {"weights": self.params, "ema": self.ema}[which]
-        return {name: tensor.detach().cpu().clone() for name, tensor in source.items()}
+        kept = self.ema if which == "ema" else {n: p.detach() for n, p in self.params.items()}
+        return {name: tensor.cpu().clone() for name, tensor in kept.items()}
 
-    def _state(self) -> dict[str, Tensor]:
-        state = {}
+    def _state(self, progress: Tensor) -> dict[str, Tensor]:
+        state = {"progress": progress}
         for name, p in self.params.items():
             adam = self.optimizer.state[p]
             state[f"weights.{name}"] = p.detach()

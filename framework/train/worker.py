@@ -7,13 +7,14 @@ latest committed checkpoint, never Ray: Ray's controller may not have heard of t
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import ray.train
 import ray.train.torch
 import torch
 from ray.actor import ActorHandle
-from torch import distributed
+from torch import distributed, nn
 
 from framework.assembly import Assembly
 from framework.checkpoint import Checkpoint, Checkpoints
@@ -62,7 +63,7 @@ def work(args: WorkerArgs) -> None:
 
     store = Store(args.run_url)
     plan = Plan(store, args.plan_digest)
-    engine = args.engine.build(args.assembly.build_model, args.optimizer, args.train.steps, device)
+    engine = args.engine.build(partial(_model, args), args.optimizer, args.train.steps, device)
     checkpoints = Checkpoints(store.child("checkpoints"))
     start = 0
     latest = _agree_on_latest(checkpoints, rank, dp_size)
@@ -130,6 +131,12 @@ def work(args: WorkerArgs) -> None:
         raise
     # The driver ends the MLflow run: evaluation still writes to it.
     tracker.flush(timeout_s=60)
+
+
+def _model(args: WorkerArgs) -> nn.Module:
+    model: Any = args.assembly.build_model()
+    model.set_checkpointing(args.train.activation_checkpointing)
+    return model
 
 
 def _inputs(

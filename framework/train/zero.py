@@ -1,0 +1,283 @@
+"""The Engine on DeepSpeed's ZeRO-3 (Rajbhandari et al. 2020): weights, gradients and Adam's moments
+are cut over the ranks, and weights are gathered as the model comes to them.
+
+The only module that touches DeepSpeed, at the first `build`: reading a config does not import it.
+We take its partitioning and nothing else: not its optimizers, schedulers, checkpoints or losses'
+scaling. Of a flat parameter of n values, rank r of W holds values [r * c, (r + 1) * c), c =
+ceil(n / W), which is just how `DTensor` cuts with `Shard(0)`; so a checkpoint is of DTensors, and
+is the plain engine's as well.
+
+On two gloo ranks of one thread, a 1.8 M parameter transformer whose plain step takes 214 ms of CPU
+time: DeepSpeed's defaults 304 ms, ours 239 ms. What made the difference:
+- `memory_efficient_linear: false`; its linear layer costs a fifth of the step on a CPU;
+- blocks as leaf modules: hooks for a block, not for each of its layers;
+- no persistent parameters: each of those is gathered by a collective of its own at every step,
+  while the others come together, as many as the bucket holds;
+- `reduce_scatter: false` on gloo: one all-reduce of a contiguous buffer.
+"""
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.overrides import TorchFunctionMode
+
+from framework.checkpoint import load_state, persistent_buffers, save_state, shapes_of
+from framework.storage import Store
+from framework.train.ema import check_decay, update_ema
+from framework.train.engine import (
+    DTYPES,
+    KINDS,
+    Progress,
+    StepStats,
+    checkpoint_group,
+    create_adam_state,
+    silence_renamed_collectives,
+)
+from framework.train.optimizer import AdamWConfig
+
+
+@dataclass(frozen=True)
+class ZeroConfig:
+    """Options of `ZeroEngine`.
+
+    `dtype`: of weights and gradients as the model sees them; the master weights are float32.
+    `bucket_numel`: values gathered ahead, and values reduced, in one collective; less where the
+    model is smaller. `persistence_threshold`: parameters of up to so many values stay gathered
+    between steps. `overlap_comm`: communicate beside computing (CUDA only).
+    `memory_efficient_linear`: a linear layer that does not hold on to gathered weights; for large
+    models without activation checkpointing.
+    """
+
+    dtype: str = "fp32"
+    ema_decay: float = 0.999
+    bucket_numel: int = 50_000_000
+    persistence_threshold: int = 0
+    overlap_comm: bool = True
+    memory_efficient_linear: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype={self.dtype!r} must be one of {', '.join(DTYPES)}")
+        check_decay(self.ema_decay)
+        if self.bucket_numel < 1:
+            raise ValueError(f"bucket_numel={self.bucket_numel} must be at least 1; try 50000000")
+        if self.persistence_threshold < 0:
+            raise ValueError(f"persistence_threshold={self.persistence_threshold} must be >= 0")
+
+    def build(
+        self,
+        model_factory: Callable[[], nn.Module],
+        optimizer: AdamWConfig,
+        num_steps: int,
+        device: torch.device,
+    ) -> "ZeroEngine":
+        """The engine at step 0 of `num_steps`; every rank of the default process group calls it.
+
+        `model_factory` seeds itself. Each parameter is drawn whole on the CPU of every rank, one
+        module at a time, and cut at once: the same weights on any number of ranks.
+        """
+        if not distributed.is_initialized():
+            raise ValueError("ZeRO-3 needs a process group; start under torchrun or Ray Train")
+        return ZeroEngine(self, model_factory, optimizer, num_steps, device)
+
+
+class ZeroEngine:
+    """See `framework.train.engine.Engine`."""
+
+    def __init__(
+        self,
+        config: ZeroConfig,
+        model_factory: Callable[[], nn.Module],
+        optimizer: AdamWConfig,
+        num_steps: int,
+        device: torch.device,
+    ) -> None:
+        self.config = config
+        self.optimizer_config = optimizer
+        self.num_steps = num_steps
+        self.progress = Progress()
+        self.rank, self.dp_size = distributed.get_rank(), distributed.get_world_size()
+        self.group = checkpoint_group()
+        deepspeed = _import_deepspeed(device)
+
+        settings = self._settings(device, 1, "fp32")
+        # No overrides: tensors made in constructors stay float32, and on the CPU until cut.
+        init = deepspeed.zero.Init(
+            config_dict_or_path=settings, dtype=torch.float32, tensor_overrides=[]
+        )
+        with init, _RefuseLateInit():
+            module = model_factory()
+        for buffer in module.buffers():
+            buffer.data = buffer.data.to(device)
+        # Any: DeepSpeed hangs ds_tensor (the shard), ds_numel and ds_shape on each parameter.
+        self.params: dict[str, Any] = dict(module.named_parameters())
+        initial = [p.ds_tensor.clone() for p in self.params.values()]
+        for parameter in self.params.values():
+            parameter.data = parameter.data.to(DTYPES[config.dtype])
+            parameter.ds_tensor.data = parameter.ds_tensor.data.to(DTYPES[config.dtype])
+        for blocks in module.modules():
+            if isinstance(blocks, nn.ModuleList):
+                for block in blocks:
+                    deepspeed.utils.set_z3_leaf_module(block, True)
+
+        numel = sum(p.ds_numel for p in self.params.values())
+        self.model, _, _, _ = deepspeed.initialize(
+            model=module,
+            optimizer=optimizer.build(self.params.items()),
+            config=self._settings(device, numel, config.dtype),
+        )
+        self.zero = self.model.optimizer  # DeepSpeedZeroOptimizer_Stage3
+        create_adam_state(self.zero.optimizer, self.zero.fp32_partitioned_groups_flat)
+
+        # Views of this rank's float32 shards, padded to equal length on all ranks. DeepSpeed works
+        # in place on the flat tensors behind them.
+        local, state = (
+            deepspeed.utils.safe_get_local_fp32_param,
+            deepspeed.utils.safe_get_local_optimizer_state,
+        )
+        weights = {name: local(p).detach() for name, p in self.params.items()}
+        torch._foreach_copy_(list(weights.values()), initial)
+        self.shards: dict[str, dict[str, Tensor]] = {
+            "weights": weights,
+            "exp_avg": {n: state(p, "exp_avg") for n, p in self.params.items()},
+            "exp_avg_sq": {n: state(p, "exp_avg_sq") for n, p in self.params.items()},
+            "ema": {name: shard.clone() for name, shard in weights.items()},
+        }
+        self.shapes = shapes_of(module)
+        world = distributed.group.WORLD
+        assert world is not None
+        self.mesh = DeviceMesh.from_group(world, device.type)
+
+    def _settings(self, device: torch.device, numel: int, dtype: str) -> dict[str, Any]:
+        config, on_gpu = self.config, device.type == "cuda"
+        bucket = min(config.bucket_numel, numel)
+        return {
+            "train_micro_batch_size_per_gpu": 1,
+            # Every step() is a boundary; backward() before it may be called any number of times.
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": self.optimizer_config.max_grad_norm,  # DeepSpeed's default is 1
+            "zero_allow_untested_optimizer": True,  # torch.optim.AdamW
+            "bf16": {"enabled": dtype == "bf16"},
+            "data_types": {"grad_accum_dtype": "fp32"},
+            "communication_data_type": dtype,
+            "zero_optimization": {
+                "stage": 3,
+                "contiguous_gradients": True,
+                "overlap_comm": config.overlap_comm and on_gpu,
+                "reduce_scatter": on_gpu,
+                "reduce_bucket_size": bucket,
+                "stage3_prefetch_bucket_size": bucket,
+                "stage3_param_persistence_threshold": config.persistence_threshold,
+                "memory_efficient_linear": config.memory_efficient_linear,
+            },
+        }
+
+    def backward(self, loss: Tensor) -> None:
+        """Add to this rank's share of the gradient; averages over the ranks at once."""
+        self.model.backward(loss, scale_wrt_gas=False)
+
+    def step(self) -> StepStats:
+        """Clip, update this rank's share of weights and EMA."""
+        lr = self.optimizer_config.lr_at(self.progress.steps, self.num_steps)
+        for group in self.zero.optimizer.param_groups:
+            group["lr"] = lr
+        self.model.step()
+        # A parameter without a gradient in the next step would be given this one's again.
+        self.zero.grad_partitions_flat_buffer.zero_()
+        if not self.zero.overflow:
+            update_ema(
+                list(self.shards["ema"].values()),
+                list(self.shards["weights"].values()),
+                self.config.ema_decay,
+                self.progress.updates,
+            )
+            self.progress.updates += 1
+        self.progress.steps += 1
+        return StepStats(float(self.model.get_global_grad_norm()), lr)
+
+    def save(self, store: Store) -> None:
+        """Each rank writes its shards."""
+        save_state(self._state(self.progress.as_tensor()), self.shapes, store, self.group)
+
+    def load(self, store: Store) -> None:
+        """Each rank reads its shards, however they were cut when they were written."""
+        progress = self.progress.as_tensor()
+        load_state(self._state(progress), self.shapes, store, self.group)
+        self.progress = Progress.from_tensor(progress)
+        for state in self.zero.optimizer.state.values():
+            state["step"].fill_(self.progress.updates)
+        # What the model computes with follows the master weights: gathered copies are dropped.
+        self.model.empty_partition_cache()
+        for name, parameter in self.params.items():
+            parameter.ds_tensor.data.copy_(self.shards["weights"][name])
+
+    def full_state(self, which: str = "weights") -> dict[str, Tensor]:
+        """Gather the weights or the EMA to rank 0, a tensor at a time."""
+        full = {}
+        for name, shard in self.shards[which].items():
+            parts = (
+                [torch.empty_like(shard) for _ in range(self.dp_size)] if self.rank == 0 else None
+            )
+            distributed.gather(shard.contiguous(), parts, 0)
+            if parts is not None:
+                shape = self.shapes[name]
+                numel = self.params[name].ds_numel
+                full[name] = torch.cat(parts)[:numel].view(shape).cpu()
+        return full
+
+    def _state(self, progress: Tensor) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = {"progress": progress}
+        for kind in KINDS:
+            for name, shard in self.shards[kind].items():
+                numel = self.params[name].ds_numel
+                unpadded = max(0, min(shard.numel(), numel - self.rank * shard.numel()))
+                state[f"{kind}.{name}"] = DTensor.from_local(
+                    shard[:unpadded],
+                    self.mesh,
+                    [Shard(0)],
+                    run_check=False,
+                    shape=torch.Size([numel]),
+                    stride=(1,),
+                )
+        buffers = persistent_buffers(self.model.module)
+        return state | {name: buffer.view(-1) for name, buffer in buffers.items()}
+
+
+def _import_deepspeed(device: torch.device) -> Any:
+    """Import DeepSpeed for `device`, quietly, on the process group that there is."""
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    if device.type == "cuda" or "LOCAL_RANK" not in os.environ:
+        os.environ["LOCAL_RANK"] = str(device.index or 0)  # where DeepSpeed looks for the device
+    silence_renamed_collectives()
+    import deepspeed
+
+    # On a CPU it would compile a kernel for inference that training never calls (45 s). This table,
+    # which would else be made by running compilers, is the only thing that it asks.
+    deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
+    deepspeed.init_distributed(dist_backend=distributed.get_backend())
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    return deepspeed
+
+
+class _RefuseLateInit(TorchFunctionMode):
+    """Writing to a parameter that is cut already would do nothing, silently: raise instead."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        name = getattr(func, "__name__", "")
+        writes = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+        if writes and args and isinstance(args[0], nn.Parameter) and args[0].numel() == 0:
+            shape = tuple(getattr(args[0], "ds_shape", args[0].shape))
+            raise ValueError(
+                f"a parameter of shape {shape} is initialised ({name}) after the constructor of "
+                "its own module: ZeRO-3 has cut it by then; do it in that constructor"
+            )
+        return func(*args, **(kwargs or {}))

@@ -1,0 +1,427 @@
+"""Both engines on real gloo ranks. This file is also the script that a rank runs."""
+
+import dataclasses
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, distributed, nn
+from torch.utils.checkpoint import checkpoint
+
+from framework.checkpoint import load_state, shapes_of
+from framework.storage import Store
+from framework.train.engine import KINDS, Engine
+from framework.train.optimizer import AdamWConfig
+from framework.train.plain import PlainConfig
+from framework.train.zero import ZeroConfig
+
+CPU = torch.device("cpu")
+WIDTH, PACKS, STEPS, SAVED = 16, 4, 5, 3
+OPTIMIZER = AdamWConfig(
+    lr=1e-2, weight_decay=0.1, max_grad_norm=0.5, schedule="trapezoid", warmup_steps=2
+)
+CONFIGS = {"plain": PlainConfig(ema_decay=0.9), "zero": ZeroConfig(ema_decay=0.9)}
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
+        self.gate = nn.Parameter(torch.full((WIDTH,), 0.3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.gate * self.down(torch.tanh(self.up(self.norm(x))))
+
+
+class Model(nn.Module):
+    """Three blocks, recomputed in the backward pass; `pair` is smaller than some world sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(5, WIDTH)
+        self.blocks = nn.ModuleList(Block() for _ in range(3))
+        self.pair = nn.Parameter(torch.randn(2))
+        self.sometimes = nn.Parameter(torch.randn(3, 3))
+        self.head = nn.Linear(WIDTH, 1)
+        self.register_buffer("scale", torch.full((3,), 2.0))
+
+    def forward(self, x: Tensor, with_sometimes: bool = False) -> Tensor:
+        x = self.embed(x.to(self.embed.weight.dtype))
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False)
+        out = self.head(x) * self.scale[0] + self.pair.sum()
+        return out + self.sometimes.sum() if with_sometimes else out
+
+
+def make_model() -> Model:
+    torch.manual_seed(0)
+    return Model()
+
+
+def pack(step: int, index: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1000 * step + index)
+    x = torch.randn(7, 5, generator=generator)
+    return x, x.sum(1, keepdim=True).sin()
+
+
+def loss_of_step(engine: Engine, step: int, rank: int, world: int, factor: float = 1.0) -> float:
+    """The backward passes of a step over this rank's share of PACKS packs; the step's loss."""
+    total = torch.zeros((), dtype=torch.float64)
+    for call in range(math.ceil(PACKS / world)):
+        index = rank + call * world
+        x, target = pack(step, index % PACKS)
+        weight = float(index < PACKS)  # beyond the last pack: a dummy that bears no loss
+        output = engine.model(x, step == 0)
+        loss = weight * (output.float() - target).square().sum() / (7 * PACKS)
+        engine.backward(factor * loss * world)
+        total += loss.item()
+    if world > 1:
+        distributed.all_reduce(total)
+    return total.item()
+
+
+def train(engine: Engine, steps: range, rank: int, world: int) -> list[tuple[float, ...]]:
+    """(loss, gradient norm, learning rate) of each step."""
+    rows = []
+    for step in steps:
+        loss = loss_of_step(engine, step, rank, world)
+        stats = engine.step()
+        rows.append((loss, stats.grad_norm, stats.lr))
+    return rows
+
+
+# ------------------------------------------------------------------------- what a rank does
+
+
+def build(kind: str, **changes: Any) -> Any:
+    return dataclasses.replace(CONFIGS[kind], **changes).build(make_model, OPTIMIZER, STEPS, CPU)
+
+
+def gradients(engine: Any) -> dict[str, Tensor]:
+    """The step's averaged gradient, whole, before `step`."""
+    if hasattr(engine, "zero"):
+        from deepspeed.utils import safe_get_full_grad
+
+        return {name: safe_get_full_grad(p).clone() for name, p in engine.params.items()}
+    found = {}
+    for name, p in engine.params.items():
+        found[name] = torch.zeros_like(p) if p.grad is None else p.grad.clone()
+        distributed.all_reduce(found[name])
+        found[name] /= engine.dp_size
+    return found
+
+
+def job_train(rank: int, world: int, folder: Path) -> Any:
+    """Train both engines and save on the way."""
+    result: dict[str, Any] = {}
+    for kind in CONFIGS:
+        engine = build(kind)
+        grads, rows, weights, emas = [], [], [engine.full_state()], [engine.full_state("ema")]
+        for step in range(STEPS):
+            if step == SAVED:
+                engine.save(Store(folder / f"{kind}-{world}"))
+            loss = loss_of_step(engine, step, rank, world)
+            if step < 2:
+                grads.append(gradients(engine))
+            stats = engine.step()
+            rows.append((loss, stats.grad_norm, stats.lr))
+            weights.append(engine.full_state())
+            emas.append(engine.full_state("ema"))
+        result[kind] = {"grads": grads, "rows": rows, "weights": weights, "emas": emas}
+    return result
+
+
+def job_resume(rank: int, world: int, folder: Path) -> Any:
+    """New processes take over from what `job_train` saved, on as many ranks."""
+    result = {}
+    for kind in CONFIGS:
+        engine = build(kind)
+        engine.load(Store(folder / f"{kind}-{world}"))
+        rows = train(engine, range(SAVED, STEPS), rank, world)
+        result[kind] = {
+            "rows": rows,
+            "weights": engine.full_state(),
+            "ema": engine.full_state("ema"),
+        }
+    # Back in time, in the same process: no gathered copy of the weights may survive.
+    engine.load(Store(folder / f"{kind}-{world}"))
+    result["again"] = {"rows": train(engine, range(SAVED, STEPS), rank, world)}
+    return result
+
+
+def job_reshard(rank: int, world: int, folder: Path) -> Any:
+    """Take over from two ranks of either engine with either engine on another number of ranks."""
+    result = {}
+    for saved in CONFIGS:
+        for kind in CONFIGS:
+            engine = build(kind)
+            engine.load(Store(folder / f"{saved}-2"))
+            engine.save(Store(folder / f"{saved}-2-{kind}-{world}"))
+            result[saved, kind] = train(engine, range(SAVED, STEPS), rank, world)
+    return result
+
+
+def job_odd(rank: int, world: int, folder: Path) -> Any:
+    """What should not happen, and bf16."""
+    result: dict[str, Any] = {}
+    for kind in CONFIGS:
+        engine = build(kind)
+        before = engine.full_state()
+        loss_of_step(engine, 0, rank, world, factor=float("nan") if rank == 1 else 1.0)
+        stats = engine.step()
+        result[kind] = {"stats": stats.__dict__, "before": before, "after": engine.full_state()}
+        result[kind]["rows"] = train(engine, range(1, 3), rank, world)
+    bf16 = build("zero", dtype="bf16")
+    result["bf16"] = {"initial": bf16.full_state()}
+    result["bf16"]["rows"] = train(bf16, range(STEPS), rank, world)
+    result["bf16"]["dtype"] = str(next(bf16.model.parameters()).dtype)
+
+    class Late(Model):
+        def __init__(self) -> None:
+            super().__init__()
+            nn.init.zeros_(self.head.weight)
+
+    try:
+        ZeroConfig().build(Late, OPTIMIZER, STEPS, CPU)
+    except ValueError as error:
+        result["late"] = str(error)
+    return result
+
+
+JOBS: dict[str, Callable[[int, int, Path], Any]] = {
+    "train": job_train,
+    "resume": job_resume,
+    "reshard": job_reshard,
+    "odd": job_odd,
+}
+
+
+def main() -> None:
+    job, rank, world, folder = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    distributed.init_process_group(
+        "gloo", f"file://{folder}/rendezvous-{job}-{world}", rank=rank, world_size=world
+    )
+    torch.save(JOBS[job](rank, world, folder), folder / f"{job}-{world}-{rank}.pt")
+    distributed.barrier()
+    distributed.destroy_process_group()
+
+
+# ------------------------------------------------------------------------------- the tests
+
+
+class Ranks:
+    """Runs each job once and keeps what rank 0 returned."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.results: dict[tuple[str, int], Any] = {}
+
+    def run(self, job: str, world: int) -> Any:
+        if (job, world) not in self.results:
+            self.results[job, world] = self._run(job, world)
+        return self.results[job, world]
+
+    def _run(self, job: str, world: int) -> Any:
+        environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+        environment["PYTHONPATH"] = str(Path(__file__).parents[2])
+        logs = [self.folder / f"{job}-{world}-{rank}.log" for rank in range(world)]
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, __file__, job, str(rank), str(world), str(self.folder)],
+                env=environment,
+                stdout=logs[rank].open("w"),
+                stderr=subprocess.STDOUT,
+            )
+            for rank in range(world)
+        ]
+        try:
+            codes = [rank.wait(timeout=240) for rank in ranks]
+        finally:
+            for process in ranks:
+                process.kill()
+        assert codes == [0] * world, "\n".join(log.read_text()[-3000:] for log in logs)
+        return torch.load(self.folder / f"{job}-{world}-0.pt")
+
+    def saved(self, name: str) -> dict[str, Tensor]:
+        """All tensors of a saved state, whole."""
+        model = make_model()
+        state = {
+            f"{k}.{n}": torch.empty(p.numel()) for k in KINDS for n, p in model.named_parameters()
+        }
+        state |= {"progress": torch.empty(2, dtype=torch.int64), "buffers.scale": torch.empty(3)}
+        load_state(state, shapes_of(model), Store(self.folder / name), alone=True)
+        return state
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
+    return Ranks(tmp_path_factory.mktemp("ranks"))
+
+
+def distance(ours: dict[str, Tensor], theirs: dict[str, Tensor], floor: float = 1e-6) -> float:
+    """The largest relative L2 distance of a tensor, above a floor for what is zero anyway."""
+    assert ours.keys() == theirs.keys()
+    return max(
+        ((ours[name] - theirs[name]).norm() / theirs[name].norm().clamp(min=floor)).item()
+        for name in theirs
+    )
+
+
+def all_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in theirs)
+
+
+def assert_rows_close(ours: Any, theirs: Any) -> None:
+    torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=1e-5, atol=1e-6)
+
+
+WORLDS = [1, 2, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_zero_agrees_with_the_oracle_on_any_number_of_ranks(ranks: Ranks, world: int) -> None:
+    # 4 packs a step: 1 x 4, 2 x 2 and 4 x 1 (ranks x calls), and 3 ranks with dummies.
+    oracle, found = ranks.run("train", 1)["plain"], ranks.run("train", world)
+    for kind in CONFIGS:
+        assert all_equal(found[kind]["weights"][0], oracle["weights"][0])
+        for ours, theirs in zip(found[kind]["grads"], oracle["grads"], strict=True):
+            assert distance(ours, theirs) <= 1e-5
+        assert_rows_close(found[kind]["rows"], oracle["rows"])
+        assert distance(found[kind]["weights"][-1], oracle["weights"][-1]) <= 1e-5
+        assert distance(found[kind]["emas"][-1], oracle["emas"][-1]) <= 1e-5
+
+
+def test_clipping_binds_and_a_parameter_without_gradient_gets_none(ranks: Ranks) -> None:
+    found = ranks.run("train", 1)
+    for kind in CONFIGS:
+        assert all(norm > 4 * OPTIMIZER.max_grad_norm for _, norm, _ in found[kind]["rows"])
+        assert found[kind]["grads"][0]["sometimes"].norm() > 0
+        assert found[kind]["grads"][1]["sometimes"].norm() == 0
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_ema_is_the_one_computed_by_hand(ranks: Ranks, world: int) -> None:
+    found = ranks.run("train", world)
+    for kind in CONFIGS:
+        weights, emas = found[kind]["weights"], found[kind]["emas"]
+        assert all_equal(emas[0], weights[0])
+        for name in weights[0]:
+            ema = weights[0][name]
+            for step in range(STEPS):
+                decay = min(0.9, (1 + step) / (10 + step))
+                ema = decay * ema + (1 - decay) * weights[step + 1][name]
+                torch.testing.assert_close(emas[step + 1][name], ema, rtol=1e-6, atol=1e-7)
+
+
+def test_resume_is_equal_to_the_bit_to_never_stopping(ranks: Ranks) -> None:
+    whole, resumed = ranks.run("train", 2), ranks.run("resume", 2)
+    for kind in CONFIGS:
+        assert resumed[kind]["rows"] == whole[kind]["rows"][SAVED:]
+        assert all_equal(resumed[kind]["weights"], whole[kind]["weights"][-1])
+        assert all_equal(resumed[kind]["ema"], whole[kind]["emas"][-1])
+    assert resumed["again"]["rows"] == whole["zero"]["rows"][SAVED:]
+
+
+@pytest.mark.parametrize("world", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_either_engine_takes_over_from_either_on_another_number_of_ranks(
+    ranks: Ranks, world: int
+) -> None:
+    whole, resharded = ranks.run("train", 2), ranks.run("reshard", world)
+    for saved in CONFIGS:
+        before = ranks.saved(f"{saved}-2")
+        assert before["progress"].tolist() == [SAVED, SAVED]
+        assert before["exp_avg_sq.head.weight"].norm() > 0
+        for kind in CONFIGS:
+            assert all_equal(ranks.saved(f"{saved}-2-{kind}-{world}"), before)
+            assert_rows_close(resharded[saved, kind], whole[saved]["rows"][SAVED:])
+
+
+def test_each_rank_writes_its_part_of_each_tensor(ranks: Ranks) -> None:
+    ranks.run("train", 2)
+    for kind in CONFIGS:
+        sizes = [
+            (ranks.folder / f"{kind}-2/state/rank-{rank:05d}-000.bin").stat().st_size
+            for rank in range(2)
+        ]
+        total = 4 * len(KINDS) * sum(p.numel() for p in make_model().parameters()) + 16 + 12
+        assert sum(sizes) == total  # nothing twice
+        assert min(sizes) > 0.4 * total
+
+
+def test_a_step_that_is_not_a_number_changes_nothing(ranks: Ranks) -> None:
+    found = ranks.run("odd", 2)
+    for kind in CONFIGS:
+        assert found[kind]["stats"] == {"grad_norm": math.inf, "lr": OPTIMIZER.lr_at(0, STEPS)}
+        assert all_equal(found[kind]["after"], found[kind]["before"])
+        assert all(math.isfinite(norm) for _, norm, _ in found[kind]["rows"])
+    assert_rows_close(found["zero"]["rows"], found["plain"]["rows"])
+
+
+def test_bf16_keeps_float32_master_weights(ranks: Ranks) -> None:
+    found, oracle = ranks.run("odd", 2)["bf16"], ranks.run("train", 2)["plain"]
+    assert found["dtype"] == "torch.bfloat16"
+    assert all_equal(found["initial"], oracle["weights"][0])
+    losses = torch.tensor(found["rows"])[:, 0] / torch.tensor(oracle["rows"])[:, 0]
+    # bf16 has 8 bits of mantissa; five steps of a small model drift by a few per cent.
+    torch.testing.assert_close(losses, torch.ones(STEPS), rtol=0, atol=0.1)
+
+
+def test_zero_refuses_to_initialise_a_parameter_that_is_cut_already(ranks: Ranks) -> None:
+    assert "zero_" in ranks.run("odd", 2)["late"]
+
+
+def test_zero_wants_a_process_group() -> None:
+    with pytest.raises(ValueError, match="process group"):
+        ZeroConfig().build(make_model, OPTIMIZER, STEPS, CPU)
+
+
+def test_plain_without_a_process_group_is_adamw(tmp_path: Path) -> None:
+    engine = build("plain")
+    rows = train(engine, range(STEPS), 0, 1)
+    model = make_model()
+    adam = torch.optim.AdamW(model.parameters(), betas=OPTIMIZER.betas, weight_decay=0)
+    for step in range(STEPS):
+        for index in range(PACKS):
+            x, target = pack(step, index)
+            loss = (model(x, step == 0) - target).square().sum() / (7 * PACKS)
+            loss.backward()
+        if model.sometimes.grad is None:
+            model.sometimes.grad = torch.zeros(3, 3)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER.max_grad_norm)
+        assert norm.item() == pytest.approx(rows[step][1], rel=1e-5)
+        lr = OPTIMIZER.lr_at(step, STEPS)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(1 - lr * OPTIMIZER.weight_decay * (p.dim() > 1))
+        adam.param_groups[0]["lr"] = lr
+        adam.step()
+        adam.zero_grad()
+    assert distance(engine.full_state(), dict(model.named_parameters())) <= 1e-5
+
+    engine.save(Store(tmp_path))
+    other = build("plain")
+    other.load(Store(tmp_path))
+    assert all_equal(other.full_state("ema"), engine.full_state("ema"))
+
+
+def test_configs_refuse_nonsense() -> None:
+    for config in (PlainConfig, ZeroConfig):
+        with pytest.raises(ValueError, match="dtype='fp8' must be one of fp32, bf16"):
+            config(dtype="fp8")
+        with pytest.raises(ValueError, match="ema_decay"):
+            config(ema_decay=1.0)
+    with pytest.raises(ValueError, match="bucket_numel"):
+        ZeroConfig(bucket_numel=0)
+
+
+if __name__ == "__main__":
+    main()
