@@ -98,6 +98,11 @@ def main(config: RunConfig) -> None:
     run.write("summary.json", (json.dumps(summary, indent=1) + "\n").encode())
     _track(config, result, before, after, samples)
     _print(terminal, summary, config)
+    missed = [f"{k} {after[k]:.3f} < {v}" for k, v in config.evaluate.gates.items() if after[k] < v]
+    if after["eval/loss"] >= before["eval/loss"]:
+        missed.append(f"eval/loss {after['eval/loss']:.4f} >= {before['eval/loss']:.4f} before")
+    if missed:
+        raise ValueError("the model has not learnt what it should: " + ", ".join(missed))
 
 
 def _sample(config: RunConfig, assembly: Assembly, run: Store) -> list[str]:

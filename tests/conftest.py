@@ -28,6 +28,7 @@ SMALL_LINE = (
     "train.steps=12",
     "train.checkpoint_every=4",
     "train.log_every=2",
+    "~evaluate.gates",
     "evaluate.num_prompts=8",
     "evaluate.validation_packs=2",
     "sampler.num_steps=2",

@@ -14,12 +14,12 @@ class StreamConfig:
 
     max_tasks: int = 2  # decode tasks at once, of one CPU each
     steps_per_task: int = 1  # above ~60 rows/s Ray's executor is the limit: take more
-    prefetch_steps: int = 4
-    object_store_mb: int = 256
+    segment_steps: int = 64  # steps made ahead at once; two segments are in memory
+    object_store_mb: int = 512  # of the cluster, for one rank; a segment must fit
     static_shapes: bool = True  # pad packs to the budget, for compilation
 
     def __post_init__(self) -> None:
-        for name in ("max_tasks", "steps_per_task", "prefetch_steps", "object_store_mb"):
+        for name in ("max_tasks", "steps_per_task", "segment_steps", "object_store_mb"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
 

@@ -1,6 +1,6 @@
 """What to evaluate."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -14,6 +14,8 @@ class EvaluateConfig:
     validation_packs: int = 16  # at most; each is a pack of the recipe's token budget
     seed: int = 1234
     max_tokens: int = 8192  # of one forward pass when sampling
+    # Metrics that the trained model must reach at least; the demo fails where one is missed.
+    gates: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("num_prompts", "validation_packs", "max_tokens"):
