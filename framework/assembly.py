@@ -5,6 +5,7 @@ reader's tokens from codec and patchify, the objective's scale from the codec's 
 """
 
 import functools
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,19 +14,23 @@ import numpy as np
 import torch
 from torch import nn
 
-from framework.checkpoint import find_checkpoint, load_weights
+from framework.checkpoint import Checkpoint, find_checkpoint, load_weights
 from framework.data.collate import ClipReader
 from framework.data.config import DataConfig
 from framework.data.cost import CostModel
-from framework.data.manifest import read_manifest
+from framework.data.manifest import Manifest, read_manifest
 from framework.data.plan import Plan, make_epoch
 from framework.data.recipe import Recipe
 from framework.data.views import Geometry
 from framework.diffusion.objective import Objective
+from framework.mapping import flatten, to_mapping
 from framework.storage import Store
 from model_zoo.flops import cost_coefficients
 from model_zoo.patchify import patch_std, patchify
 from model_zoo.protocols import TextEncoder, VideoCodec
+
+# Which kernel computes attention is up to the machine; weights of one do for another.
+_FREE_KEYS = ("model.attention",)
 
 
 @functools.lru_cache(maxsize=4)
@@ -112,9 +117,25 @@ class Assembly:
         linear, quadratic = cost_coefficients(self.model, self.token_size, text_tokens)
         return self.data.recipe(self.geometry, CostModel(linear, quadratic), self.seed)
 
+    def check(self) -> None:
+        """ValueError where the parts do not fit together; builds the model without memory."""
+        self.recipe()
+        with torch.device("meta"):
+            self.build_model()
+        self.build_objective()
+
+    def pinned_manifest(self, run: Store) -> Manifest:
+        """The snapshot that the run at `run` began with: data that grew is for other runs."""
+        pin = "manifest.json"
+        if run.exists(pin):
+            return read_manifest(self.data.manifest, json.loads(run.read(pin))["fingerprint"])
+        manifest = read_manifest(self.data.manifest)
+        run.write(pin, json.dumps({"fingerprint": manifest.fingerprint}).encode())
+        return manifest
+
     def make_plan(self, run: Store, steps: int, say: Callable[[str], None]) -> Plan:
         """Make epochs of the plan until `steps` steps are planned; what is committed is kept."""
-        manifest = read_manifest(self.data.manifest)
+        manifest = self.pinned_manifest(run)
         recipe, text = self.recipe(), self.build_text()
         planned, epoch = 0, 0
         while planned < steps:
@@ -143,17 +164,46 @@ class Assembly:
         )
 
     def load_model(self, run: Store, checkpoint: str, weights: str) -> tuple[nn.Module, int]:
-        """The model in eval mode and its step; `run` is the run's folder.
+        """The model in eval mode, on the GPU where there is one, and its step.
 
-        checkpoint: "latest", "init" (before training), a step, or the URL of a checkpoint. weights:
-        "ema" or "weights". ValueError where there is no such committed checkpoint.
+        run: the run's folder. checkpoint: "latest", "init" (before training), a step, or the URL of
+        a checkpoint. weights: "ema" or "weights". ValueError where there is no such committed
+        checkpoint, or where it was trained with another model, codec, text encoder or objective.
         """
-        model = self.build_model().eval()
-        if checkpoint == "init":
-            return model, 0
-        found = find_checkpoint(run.child("checkpoints"), checkpoint)
-        load_weights(found, model, weights)
-        return model, found.step
+        model, step = self.build_model().eval(), 0
+        if checkpoint != "init":
+            found = find_checkpoint(run.child("checkpoints"), checkpoint)
+            self._check_meant_for(found)
+            load_weights(found, model, weights)
+            step = found.step
+        return model.to("cuda" if torch.cuda.is_available() else "cpu"), step
+
+    def network(self) -> dict[str, Any]:
+        """What weights mean something with: the flat configs "model.width", "codec._target_", …"""
+        names = ("model", "codec", "text", "objective")
+        flat = flatten({name: to_mapping(getattr(self, name)) for name in names})
+        return {key: value for key, value in flat.items() if key not in _FREE_KEYS}
+
+    def _check_meant_for(self, checkpoint: Checkpoint) -> None:
+        """Shapes alone would let other heads, frequencies or text lengths pass, and give noise."""
+        here = self.network()
+        prefixes = tuple(f"{name}." for name in {key.split(".")[0] for key in here})
+        there = {
+            key: value
+            for key, value in checkpoint.meta.get("config", {}).items()
+            if key.startswith(prefixes) and key not in _FREE_KEYS
+        }
+        differing = [
+            f"{key}: {there.get(key)!r} there, {here.get(key)!r} here"
+            for key in sorted({*there, *here})
+            if there.get(key) != here.get(key)
+        ]
+        if there and differing:
+            raise ValueError(
+                f"{checkpoint.store.url} was trained with another config:\n  "
+                + "\n  ".join(differing)
+                + "\ngive experiment=… or the same overrides as in training"
+            )
 
     def build_objective(self) -> Objective:
         """The objective, scaled by the codec's statistics."""

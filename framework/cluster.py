@@ -23,8 +23,9 @@ class ClusterConfig:
     worker_logs: bool = False  # forward what workers print to the driver's terminal
 
     def __post_init__(self) -> None:
-        if self.num_workers < 1:
-            raise ValueError(f"num_workers={self.num_workers} must be at least 1")
+        for name in ("num_workers", "threads_per_worker"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.gpus_per_worker not in (0, 1):
             raise ValueError(
                 f"gpus_per_worker={self.gpus_per_worker}: a rank drives one GPU, or none on CPU"
@@ -56,3 +57,30 @@ def connect(config: ClusterConfig) -> None:
         log_to_driver=config.worker_logs,
         logging_level="WARNING",
     )
+
+
+def num_nodes() -> int:
+    """Live nodes of the connected cluster."""
+    import ray
+
+    return sum(bool(node["Alive"]) for node in ray.nodes())
+
+
+def check_room(config: ClusterConfig) -> None:
+    """ValueError where the connected cluster could never hold the workers and one decode task."""
+    import ray
+
+    has = ray.cluster_resources()
+    cpus, gpus = has.get("CPU", 0), has.get("GPU", 0)
+    needed = config.num_workers * config.cpus_per_worker + 1
+    if cpus < needed:
+        raise ValueError(
+            f"{config.num_workers} workers of {config.cpus_per_worker:g} CPUs and one decode task "
+            f"need {needed:g} CPUs, the cluster has {cpus:g}; lower cluster.num_workers or raise "
+            "cluster.num_cpus"
+        )
+    if gpus < config.num_workers * config.gpus_per_worker:
+        raise ValueError(
+            f"{config.num_workers} workers need a GPU each, the cluster has {gpus:g}; lower "
+            "cluster.num_workers or set cluster.gpus_per_worker=0"
+        )

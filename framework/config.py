@@ -103,31 +103,8 @@ def convert(node: DictConfig) -> RunConfig:
     return _build(RunConfig, {str(k): v for k, v in mapping.items() if k != "hydra"}, "")
 
 
-def to_mapping(config: Any) -> Any:
-    """The reverse of `convert`, as plain JSON types; nested configs keep their `_target_`."""
-    if dataclasses.is_dataclass(config) and not isinstance(config, type):
-        mapping = {f.name: to_mapping(getattr(config, f.name)) for f in dataclasses.fields(config)}
-        kind = type(config)
-        return {"_target_": f"{kind.__module__}.{kind.__qualname__}", **mapping}
-    if isinstance(config, dict):
-        return {key: to_mapping(value) for key, value in config.items()}
-    if isinstance(config, list | tuple):
-        return [to_mapping(value) for value in config]
-    return config
-
-
-def flatten(mapping: Any, prefix: str = "") -> dict[str, Any]:
-    """`{"a": {"b": 1}}` -> `{"a.b": 1}`; lists stay whole."""
-    if not isinstance(mapping, dict):
-        return {prefix: mapping}
-    flat: dict[str, Any] = {}
-    for key, value in mapping.items():
-        flat.update(flatten(value, f"{prefix}.{key}" if prefix else str(key)))
-    return flat
-
-
 def from_mapping(mapping: Any) -> RunConfig:
-    """A RunConfig from what `to_mapping` gave, e.g. out of a checkpoint."""
+    """A RunConfig from what `framework.mapping.to_mapping` gave."""
     return _build(RunConfig, mapping, "")
 
 
@@ -191,6 +168,8 @@ def _value(hint: Any, value: Any, path: str) -> Any:
 
 
 def _scalar(hint: Any, value: Any, path: str) -> Any:
+    if hint is str and isinstance(value, int) and not isinstance(value, bool):
+        value = str(value)  # run.name=2024: YAML reads a number
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if hint is float and isinstance(value, str):  # YAML 1.1 reads 1e-4 as a string

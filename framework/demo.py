@@ -64,6 +64,7 @@ def main(config: RunConfig) -> None:
         return lambda text: terminal.show({"text": text})
 
     assembly, job = Assembly.of(config), job_of(config)
+    assembly.check()
     run = claim(config.run, job.identity)
     terminal.say(f"run {config.run.name} in {run.url}")
 
@@ -87,7 +88,7 @@ def main(config: RunConfig) -> None:
     say = stage()
     before = evaluated("init", "init")
     say = stage()
-    result = train(job, terminal.show)
+    result = train(job, terminal.show, run)
     say = stage()
     after = evaluated(f"step-{result.checkpoint.step:08d}", "latest")
     say = stage()

@@ -12,6 +12,7 @@ nothing twice. One process at a time writes to a journal folder; any number may 
 import logging
 import os
 import re
+import shlex
 import shutil
 import sys
 import threading
@@ -128,6 +129,10 @@ class NoTrackerConfig:
         """Nothing to resolve."""
         return self
 
+    def page_command(self) -> str | None:
+        """There is no page."""
+        return None
+
     def build(
         self,
         run_name: str,
@@ -191,6 +196,23 @@ class MlflowConfig:
         """A folder beside an sqlite file; None leaves the choice to the server."""
         path = self._sqlite_path
         return None if path is None else path.resolve().with_name(f"{path.stem}-artifacts").as_uri()
+
+    def page_command(self) -> str | None:
+        """The shell command that shows the page of an sqlite file; None where a server has one.
+
+        The page reads artifacts from `artifact_location`, which each experiment has stored; that it
+        is the default as well makes experiments that are created in the page work too.
+        """
+        path = self._sqlite_path
+        if path is None:
+            return None
+        beside = Path(sys.executable).with_name("mlflow")  # no need to activate the environment
+        words = [
+            str(beside) if beside.exists() else "mlflow",
+            *("server", "--backend-store-uri", f"sqlite:///{path.resolve()}"),
+            *("--default-artifact-root", str(self.artifact_location), "--port", "5000"),
+        ]
+        return shlex.join(words)
 
     def build(
         self,

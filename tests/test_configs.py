@@ -5,7 +5,8 @@ import pickle
 import pytest
 
 from framework.assembly import Assembly
-from framework.config import compose, conf_dir, flatten, from_mapping, to_mapping
+from framework.config import compose, conf_dir, from_mapping
+from framework.mapping import flatten, to_mapping
 from framework.train.__main__ import job_of
 
 CHOICES = sorted(
@@ -18,12 +19,12 @@ EXPERIMENTS = sorted(path.stem for path in conf_dir().glob("experiment/*.yaml"))
 
 @pytest.mark.parametrize(("group", "name"), CHOICES)
 def test_every_choice_composes(group: str, name: str) -> None:
-    assert compose([f"{group}={name}"])
+    assert compose([f"{group}={name}", "data.shards=/shards"])
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_makes_a_recipe(name: str) -> None:
-    config = compose([f"experiment={name}"])
+    config = compose([f"experiment={name}", "data.shards=/shards"])
     recipe = Assembly.of(config).recipe()
     assert recipe.global_batch_packs >= config.cluster.num_workers
     pickle.loads(pickle.dumps(job_of(config)))
@@ -37,6 +38,12 @@ def test_a_config_survives_a_round_trip() -> None:
 
 def test_a_field_that_no_yaml_lists_can_be_overridden() -> None:
     assert compose(["train.keep_checkpoints=9"]).train.keep_checkpoints == 9
+
+
+def test_a_number_may_stand_for_a_name() -> None:
+    config = compose(["run.name=2024", "evaluate.checkpoint=200", "sample.checkpoint=7"])
+    assert (config.run.name, config.evaluate.checkpoint) == ("2024", "200")
+    assert config.sample.checkpoint == "7"
 
 
 @pytest.mark.parametrize(
@@ -55,6 +62,7 @@ def test_a_field_that_no_yaml_lists_can_be_overridden() -> None:
         ("model._target_=model_zoo.dit.DiT", "not a frozen config dataclass"),
         ("model._target_=model_zoo.nothing.Config", "No module named"),
         ("run.name=a/b", "letters, digits"),
+        ("run.name=true", "str is needed, not bool"),
     ],
 )
 def test_a_mistake_is_named(override: str, sentence: str) -> None:

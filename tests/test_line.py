@@ -11,7 +11,7 @@ from framework.storage import Store
 from framework.train.report import read_ledger
 from framework.video import probe
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 def test_each_stage_is_a_command(

@@ -1,7 +1,8 @@
 """Clips of a plan to a PackedBatch: fetch, decode, tokenize, pack. Runs wherever it is called.
 
-A clip that cannot be had keeps its place with weight zero and is named, so that shapes, positions
-and the plan's counts hold.
+A clip that is damaged or gone keeps its place with weight zero and is named, so that shapes,
+positions and the plan's counts hold. A store that does not answer is no fault of a clip: its error
+goes on, or an outage would train on nothing.
 """
 
 import json
@@ -42,13 +43,16 @@ class ClipReader:
         return decode(data, view.frames, view.height, view.width, view.flip)
 
     def tokens(self, clip: ClipPlan) -> tuple[np.ndarray, str]:
-        """(n, P) tokens and ""; or zeros and the cause, where the clip cannot be had."""
+        """(n, P) tokens and ""; or zeros and the cause, where the clip is damaged or gone.
+
+        OSError where the store fails for another cause: access denied, time-outs after retries.
+        """
         zeros = np.zeros((clip.tokens, self.token_size), np.float32)
         if clip.dummy:
             return zeros, ""
         try:
             tokens = self.tokenize(self.frames(clip))
-        except (VideoError, EOFError, OSError) as error:
+        except (VideoError, EOFError, FileNotFoundError) as error:
             return zeros, str(error)
         assert tokens.shape == zeros.shape, f"{clip.key}: {tokens.shape}, planned {zeros.shape}"
         return tokens, ""

@@ -14,8 +14,8 @@ class StreamConfig:
 
     max_tasks: int = 2  # decode tasks at once, of one CPU each
     steps_per_task: int = 1  # above ~60 rows/s Ray's executor is the limit: take more
-    segment_steps: int = 64  # steps made ahead at once; two segments are in memory
-    object_store_mb: int = 512  # of the cluster, for one rank; a segment must fit
+    segment_steps: int = 64  # steps made ahead at once, or fewer, where two segments do not fit
+    object_store_mb: int = 512  # of the cluster, for one rank: two segments
     static_shapes: bool = True  # pad packs to the budget, for compilation
 
     def __post_init__(self) -> None:

@@ -279,12 +279,17 @@ def _to_parquet(tables: list[pa.Table]) -> bytes:
 
 if __name__ == "__main__":
     from framework.assembly import Assembly
-    from framework.config import RunConfig, entry, flatten, to_mapping
+    from framework.config import RunConfig, entry
+    from framework.mapping import flatten, to_mapping
+    from framework.data.manifest import read_manifest
     from framework.train.identity import claim
 
     def main(config: RunConfig) -> None:
         """Plan the steps of a run and print what the plan is like."""
+        assembly = Assembly.of(config)
+        assembly.check()
+        read_manifest(config.data.manifest)
         run = claim(config.run, flatten(to_mapping(config)))
-        Assembly.of(config).make_plan(run, config.train.steps, print)
+        assembly.make_plan(run, config.train.steps, print)
 
     entry(main)

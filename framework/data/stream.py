@@ -5,27 +5,30 @@ datasets over consecutive segments of steps. A row is a pack: a task reads its c
 fetches them by byte range, and returns them as arrays. So a resume is an integer, ranks need no
 coordinator, and nothing is dropped mid-way.
 
-A segment runs to its end while the one before it is used, and memory is bounded by two of them. One
-dataset over all steps would be held back by back-pressure most of the time, and then Ray Data's
+A segment runs to its end while the one before it is used, and memory is bounded by two of them:
+they fit into the share of the object store that the config gives, or are one step each. One dataset
+over all steps would be held back by back-pressure most of the time, and then Ray Data's
 executor (2.60) polls without a pause: it took half a core in the train process and nine tenths of
 the training speed.
 
 Invariant: what arrives is what the plan says, in its order; the consumer asserts it.
 """
 
+import functools
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import ray.data
 from ray.data import DataContext, ExecutionOptions, ExecutionResources
 
 from framework.batch import PackedBatch
 from framework.data.collate import Arrays, ClipReader, assemble, to_batch
 from framework.data.config import StreamConfig
-from framework.data.plan import Plan
+from framework.data.plan import PackPlan, Plan, Recipe
 
 FIRST_SEGMENT_STEPS = 4
 
@@ -47,15 +50,17 @@ class _PackLoader:
         return -(-self.plan.recipe.global_batch_packs // self.dp_size)
 
     def __call__(self, row: dict[str, Any]) -> Arrays:
-        step, pack = divmod(int(row["id"]), self.packs_per_step)
-        return assemble(
-            self.plan.packs(*self.plan.locate(self.first_step + step), self.dp_rank, self.dp_size)[
-                pack
-            ],
-            self.reader,
-            self.plan.recipe,
-            self.static_shapes,
-        )
+        ahead, pack = divmod(int(row["id"]), self.packs_per_step)
+        epoch, step = self.plan.locate(self.first_step + ahead)
+        packs = _step_packs(self.plan, epoch, step, self.dp_rank, self.dp_size)
+        return assemble(packs[pack], self.reader, self.plan.recipe, self.static_shapes)
+
+
+@functools.lru_cache(maxsize=1)  # the packs of a step follow one another in a task
+def _step_packs(
+    plan: Plan, epoch: int, step: int, dp_rank: int, dp_size: int
+) -> tuple[PackPlan, ...]:
+    return tuple(plan.packs(epoch, step, dp_rank, dp_size))
 
 
 def open_stream(
@@ -73,17 +78,19 @@ def open_stream(
     dummies. Epochs follow one another without a gap; their plans must have been made.
     """
     loader = _PackLoader(plan, reader, dp_rank, dp_size, config.static_shapes)
-    segments = _segments(start, stop, config.segment_steps)
+    longest = segment_steps(plan.recipe, reader, config, loader.packs_per_step)
+    segments = _segments(start, stop, longest)
     context = _context(config)
-    with ThreadPoolExecutor(1, "stream") as ahead:
+    ahead = ThreadPoolExecutor(1, "stream")
 
-        def submit() -> list[Future[Iterator[Arrays]]]:
-            """The next segment, if there is one, in the making."""
-            return [
-                ahead.submit(_make_segment, loader, config, context, segment)
-                for segment in islice(segments, 1)
-            ]
+    def submit() -> list[Future[Iterator[Arrays]]]:
+        """The next segment, if there is one, in the making."""
+        return [
+            ahead.submit(_make_segment, loader, config, context, segment)
+            for segment in islice(segments, 1)
+        ]
 
+    try:
         pending = submit()
         number = start
         while pending:
@@ -93,6 +100,19 @@ def open_stream(
                 yield _check(packs, plan, number, dp_rank, dp_size)
                 number += 1
         assert number == stop, (number, stop)
+    finally:  # an error must not wait for a segment in the making
+        ahead.shutdown(wait=False, cancel_futures=True)
+
+
+def segment_steps(
+    recipe: Recipe, reader: ClipReader, config: StreamConfig, packs_per_step: int
+) -> int:
+    """Steps in a segment: as configured, or fewer, so that two full segments fit; at least 1."""
+    token_bytes = reader.token_size * np.dtype(np.float32).itemsize
+    text_token_bytes = reader.encode_text("")[0].nbytes  # of an id, or of an embedding's row
+    pack_bytes = recipe.max_tokens * token_bytes + recipe.max_text_tokens * text_token_bytes
+    fitting = (config.object_store_mb << 20) // (2 * pack_bytes * packs_per_step)
+    return min(config.segment_steps, max(1, fitting))
 
 
 def _segments(start: int, stop: int, longest: int) -> Iterator[range]:

@@ -4,11 +4,14 @@ The held-out split gets a plan of its own (one epoch of the run's recipe, no cap
 that views, packs and token counts come from where training takes them. Videos are sampled from the
 held-out captions, at the size and duration of what they describe; that is the real side of the
 Fréchet distance.
+
+`evaluated` keeps results in the run's folder, with all that they depend on.
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -16,6 +19,7 @@ from torch import nn
 
 from framework.assembly import Assembly
 from framework.batch import PackedBatch
+from framework.checkpoint import find_checkpoint
 from framework.data.collate import ClipReader, assemble, to_batch
 from framework.data.manifest import read_manifest
 from framework.data.plan import ClipPlan, Plan, make_epoch
@@ -25,8 +29,10 @@ from framework.evaluate.features import RandomConv3d
 from framework.evaluate.frechet import Moments, frechet_distance
 from framework.evaluate.shapes import score
 from framework.evaluate.validation import validation_loss
+from framework.mapping import flatten, to_mapping
 from framework.sample.generate import Prompt, generate
 from framework.storage import Store
+from framework.video import VideoError
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,73 @@ class Evaluation:
 
     step: int
     metrics: dict[str, float]
+
+
+def evaluated(
+    assembly: Assembly,
+    run: Store,
+    config: EvaluateConfig,
+    sampler: Any,
+    checkpoint: str,
+    say: Callable[[str], None],
+) -> Evaluation:
+    """Evaluate a checkpoint of the run in folder `run`, or read what an equal evaluation found.
+
+    checkpoint: as in `Assembly.load_model`; it counts, not `config.checkpoint`. Writes
+    `evaluation/<name>.json`: the metrics, and the settings that they depend on.
+    """
+    url, name = "init", "init"
+    if checkpoint != "init":
+        found = find_checkpoint(run.child("checkpoints"), checkpoint)
+        url, name = found.store.url, f"step-{found.step:08d}"
+        name += "-weights" if config.weights == "weights" else ""
+    settings = _settings(assembly, config, sampler, url)
+    file = f"evaluation/{name}.json"
+    if run.exists(file):
+        stored = json.loads(run.read(file))
+        if stored.get("settings") == settings:
+            say(f"{name} is evaluated already, see {file}")
+            return Evaluation(stored["step"], stored["metrics"])
+    # By URL: a later checkpoint may have become the latest by now.
+    model, step = assembly.load_model(run, url, config.weights)
+    evaluation = evaluate(assembly, model, step, run, config, sampler, say)
+    content = {"step": step, "metrics": evaluation.metrics, "settings": settings}
+    run.write(file, (json.dumps(content, indent=1) + "\n").encode())
+    return evaluation
+
+
+def _settings(
+    assembly: Assembly, config: EvaluateConfig, sampler: Any, checkpoint_url: str
+) -> dict[str, Any]:
+    """All that an evaluation depends on, flat and as JSON reads it back."""
+    flat = flatten(
+        {
+            "checkpoint": checkpoint_url,
+            "evaluate": to_mapping(config),
+            "sampler": to_mapping(sampler),
+            "data": to_mapping(assembly.data),
+            "seed": assembly.seed,
+        }
+    )
+    free = ("evaluate.gates", "evaluate.checkpoint", "data.stream.")
+    kept = {key: value for key, value in flat.items() if not key.startswith(free)}
+    return json.loads(json.dumps({**kept, **assembly.network()}))
+
+
+def missed_gates(
+    gates: Mapping[str, float], before: Mapping[str, float], after: Mapping[str, float]
+) -> list[str]:
+    """What the trained model does not reach, a sentence each: a gate, or a loss below `before`."""
+    missed = []
+    for name, least in gates.items():
+        if name not in after:
+            missed.append(f"{name} is no metric; there are {', '.join(sorted(after))}")
+        elif not after[name] >= least:  # NaN misses, too
+            missed.append(f"{name} {after[name]:.3f} is below {least:g}")
+    loss, loss_before = after["eval/loss"], before["eval/loss"]
+    if not loss < loss_before:
+        missed.append(f"eval/loss {loss:.4f} is not below the {loss_before:.4f} before training")
+    return missed
 
 
 def evaluate(
@@ -52,12 +125,12 @@ def evaluate(
     reader = assembly.reader(manifest.shards_url)
     objective = assembly.build_objective()
 
-    batches = _batches(plan, reader, config.validation_packs)
+    batches = _batches(plan, reader, config.validation_packs, say)
     losses = validation_loss(model, objective, batches, config.noise_levels, config.seed)
     metrics = {f"eval/{name}": value for name, value in losses.items()}
     say(f"validation loss {losses['loss']:.4f}")
 
-    subjects = _subjects(assembly, plan, reader, config.num_prompts)
+    subjects = _subjects(assembly, plan, reader, config.num_prompts, say)
     prompts = [
         Prompt(s.caption, len(s.real), s.real.shape[1], s.real.shape[2], s.fps, config.seed + i)
         for i, s in enumerate(subjects)
@@ -103,14 +176,31 @@ class _Subject:
     spec: ClipSpec | None  # of a synthetic clip: what the strict reader should find
 
 
-def _subjects(assembly: Assembly, plan: Plan, reader: ClipReader, count: int) -> list[_Subject]:
-    """Held-out captions: of synthetic data those that no clip has, else those of held-out clips."""
+def _subjects(
+    assembly: Assembly, plan: Plan, reader: ClipReader, count: int, say: Callable[[str], None]
+) -> list[_Subject]:
+    """Held-out captions: of synthetic data those that no clip has, else those of held-out clips.
+
+    A clip that cannot be read is named, and the next one takes its place. ValueError where none is
+    left.
+    """
     synthetic = assembly.data.synthetic
     if synthetic is not None:
         specs = held_out_prompts(synthetic, count, max(assembly.data.views.frames))
         return [_Subject(caption(spec), synthetic.fps, render(spec), spec) for spec in specs]
-    clips = _moving_clips(plan, count)
-    return [_Subject(clip.caption, clip.fps, reader.frames(clip), None) for clip in clips]
+    subjects: list[_Subject] = []
+    for clip in _moving_clips(plan):
+        if len(subjects) == count:
+            break
+        try:
+            subjects.append(_Subject(clip.caption, clip.fps, reader.frames(clip), None))
+        except (VideoError, EOFError, OSError) as error:
+            say(f"skipped {clip.key}: {error}")
+    if not subjects:
+        raise ValueError(
+            "no held-out clip of more than one frame can be read; there is nothing to sample"
+        )
+    return subjects
 
 
 def _heldout_plan(assembly: Assembly, store: Store) -> Plan:
@@ -119,17 +209,25 @@ def _heldout_plan(assembly: Assembly, store: Store) -> Plan:
     return make_epoch(manifest, recipe, store, 0, text.num_tokens, text.fingerprint, "heldout")
 
 
-def _batches(plan: Plan, reader: ClipReader, count: int) -> Iterator[PackedBatch]:
-    """The first `count` packs of the plan, in its order; a function of the plan alone."""
-    for step in range(plan.num_steps(0)):
-        for pack in plan.packs(0, step, 0, 1):
-            if count and not pack.dummy:
-                yield to_batch(assemble(pack, reader, plan.recipe, False), 0, step, pack.index)
-                count -= 1
+def _batches(
+    plan: Plan, reader: ClipReader, count: int, say: Callable[[str], None]
+) -> Iterator[PackedBatch]:
+    """The first `count` packs of the plan, in its order; clips that cannot be read are named."""
+    packs = (
+        (step, pack)
+        for step in range(plan.num_steps(0))
+        for pack in plan.packs(0, step, 0, 1)
+        if not pack.dummy
+    )
+    for step, pack in islice(packs, count):
+        batch = to_batch(assemble(pack, reader, plan.recipe, False), 0, step, pack.index)
+        for failure in batch.failed:
+            say(f"skipped {failure}")
+        yield batch
 
 
-def _moving_clips(plan: Plan, count: int) -> list[ClipPlan]:
-    """Up to `count` clips of more than one frame, in the order of their ids."""
+def _moving_clips(plan: Plan) -> list[ClipPlan]:
+    """The clips of more than one frame, in the order of their ids."""
     clips = [
         clip
         for step in range(plan.num_steps(0))
@@ -137,12 +235,4 @@ def _moving_clips(plan: Plan, count: int) -> list[ClipPlan]:
         for clip in pack.clips
         if not clip.dummy and clip.view.num_frames > 1
     ]
-    if not clips:
-        raise ValueError("no held-out clip has more than one frame; there is nothing to sample")
-    return sorted(clips, key=lambda clip: clip.clip_id)[:count]
-
-
-def write_evaluation(store: Store, name: str, evaluation: Evaluation) -> None:
-    """Keep the metrics as `evaluation/<name>.json` in the run's folder."""
-    content = {"step": evaluation.step, "metrics": evaluation.metrics}
-    store.write(f"evaluation/{name}.json", json.dumps(content, indent=1).encode())
+    return sorted(clips, key=lambda clip: clip.clip_id)

@@ -1,4 +1,10 @@
-"""`python -m framework.sample run.name=… 'sample.prompts=["…"]'`: prompts to MP4 files."""
+"""Prompts to MP4 files, and into the run's MLflow run.
+
+python -m framework.sample experiment=demo 'sample.prompts=["a red circle over grey"]'
+"""
+
+import tempfile
+from pathlib import Path
 
 from framework.assembly import Assembly
 from framework.config import RunConfig, entry
@@ -7,6 +13,7 @@ from framework.sample.videos import sample_videos
 from framework.storage import Store
 from framework.terminal import Terminal
 from framework.train.identity import run_store
+from framework.train.run_tracker import open_tracker
 
 
 def main(config: RunConfig) -> None:
@@ -23,13 +30,25 @@ def main(config: RunConfig) -> None:
     ]
     run = run_store(config.run)
     out = Store(sample.out) if sample.out else run.child("samples")
-    model, step = Assembly.of(config).load_model(run, sample.checkpoint, sample.weights)
-    terminal = Terminal()
+    assembly, terminal = Assembly.of(config), Terminal()
+    model, step = assembly.load_model(run, sample.checkpoint, sample.weights)
     terminal.say(f"sampling {len(prompts)} videos from step {step} of {run.url}")
-    for url in sample_videos(
-        Assembly.of(config), model, prompts, config.sampler, sample.max_tokens, out
-    ):
+    urls = sample_videos(assembly, model, prompts, config.sampler, sample.max_tokens, out)
+    for url in urls:
         terminal.say(f"  {url}")
+    # A checkpoint by URL may be another run's.
+    if "/" not in sample.checkpoint and run.exists("tracking.json"):
+        _track(config, run, out, [url.rsplit("/", 1)[1] for url in urls])
+
+
+def _track(config: RunConfig, run: Store, out: Store, names: list[str]) -> None:
+    tracker = open_tracker(config.tracking, run, config.run.name, "sample")
+    with tempfile.TemporaryDirectory() as folder:
+        for name in names:
+            path = Path(folder) / name
+            path.write_bytes(out.read(name))  # wherever it lies; the tracker takes a local file
+            tracker.log_artifact(path, "samples")
+    tracker.close(None)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 """`python -m framework.train experiment=…`: train a run, or go on with it."""
 
 from framework.assembly import Assembly
-from framework.config import RunConfig, entry, flatten, to_mapping
+from framework.config import RunConfig, entry
+from framework.mapping import flatten, to_mapping
 from framework.terminal import Terminal
 from framework.train.job import Job, train
+from framework.train.run_tracker import open_tracker
 
 
 def job_of(config: RunConfig) -> Job:
@@ -24,6 +26,7 @@ def main(config: RunConfig) -> None:
     """Train and say where the result lies."""
     terminal = Terminal()
     result = train(job_of(config), terminal.show)
+    open_tracker(config.tracking, result.store, config.run.name, "driver").close("FINISHED")
     terminal.say(f"committed: {result.checkpoint.store.url}")
 
 

@@ -30,6 +30,7 @@ class TrainConfig:
     checkpoint_every: int = 100
     keep_checkpoints: int = 3
     log_every: int = 10
+    max_lost_share: float = 0.2  # of a window's tokens, in clips that could not be read
     activation_checkpointing: CheckpointPolicy = field(default_factory=CheckpointPolicy)
     deterministic: bool = False  # torch's deterministic algorithms, where they exist
     peak_tflops: float | None = None  # of one device, dense, in the run's dtype: gives MFU
@@ -38,3 +39,7 @@ class TrainConfig:
         for name in ("steps", "checkpoint_every", "keep_checkpoints", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if not 0 <= self.max_lost_share <= 1:
+            raise ValueError(f"max_lost_share={self.max_lost_share} must lie between 0 and 1")
+        if self.peak_tflops is not None and self.peak_tflops <= 0:
+            raise ValueError(f"peak_tflops={self.peak_tflops} must be positive; H100, bf16: 989")

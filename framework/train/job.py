@@ -4,8 +4,8 @@ It holds no training state. Killed and started again by the same command, it fin
 name, and the workers go on from the latest committed checkpoint, in the same MLflow run.
 """
 
+import contextlib
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 
 from framework.assembly import Assembly
 from framework.checkpoint import Checkpoint, Checkpoints
-from framework.cluster import ClusterConfig, connect
+from framework.cluster import ClusterConfig, check_room, connect, num_nodes
 from framework.data.manifest import read_manifest
 from framework.data.plan import Plan
 from framework.storage import Store
@@ -53,33 +53,53 @@ class Result:
 
 
 class Progress:
-    """A Ray actor: the last word of rank 0, which the driver shows; it outlives worker restarts."""
+    """A Ray actor: what rank 0 says, which the driver shows; it outlives worker restarts.
+
+    It keeps every stage, and of the steps in between the last.
+    """
 
     def __init__(self) -> None:
-        self._line: dict[str, Any] = {"stage": "starting workers"}
-        self._count = 0
+        self._lines: list[dict[str, Any]] = [{"stage": "starting workers"}]
 
     def tell(self, line: dict[str, Any]) -> None:
-        """Rank 0's latest line."""
-        self._line, self._count = line, self._count + 1
+        """Rank 0's next line."""
+        if self._lines and "stage" not in line and "stage" not in self._lines[-1]:
+            self._lines.pop()
+        self._lines.append(line)
 
-    def last(self) -> tuple[int, dict[str, Any]]:
-        """How many lines there were, and the last one."""
-        return self._count, self._line
+    def take(self) -> list[dict[str, Any]]:
+        """The lines since the last call."""
+        lines, self._lines = self._lines, []
+        return lines
 
 
-def train(job: Job, show: Callable[[dict[str, Any]], None]) -> Result:
-    """Run or resume the job to its last step; ValueError for a user's mistake."""
-    job.tracking.check(job.cluster.num_workers if job.cluster.address else 1)
-    connect(job.cluster)
-    store = claim(job.run, job.identity)
+def train(job: Job, show: Callable[[dict[str, Any]], None], store: Store | None = None) -> Result:
+    """Run or resume the job to its last step; ValueError for a user's mistake.
+
+    `store` is the run's folder where the caller has claimed it already. A run that has come to its
+    last step is given back as it is, without Ray. SystemExit, with its cause, where training fails.
+    """
+    job.assembly.check()
+    read_manifest(job.assembly.data.manifest)  # a mistake must not leave a claimed name behind
+    if job.cluster.num_workers > (packs := job.assembly.data.global_batch_packs):
+        raise ValueError(
+            f"cluster.num_workers={job.cluster.num_workers} is more than "
+            f"data.global_batch_packs={packs}; raise the latter"
+        )
+    store = store or claim(job.run, job.identity)
     show({"stage": "planning"})
     plan = job.assembly.make_plan(store, job.train.steps, lambda text: show({"text": text}))
-    if job.cluster.num_workers > plan.recipe.global_batch_packs:
-        raise ValueError(
-            f"cluster.num_workers={job.cluster.num_workers} is more than the global batch of "
-            f"{plan.recipe.global_batch_packs} packs; raise data.global_batch_packs"
-        )
+    latest = Checkpoints(store.child("checkpoints")).latest()
+    if latest is not None:
+        _check_plan(latest, plan, store)
+        if latest.step == job.train.steps:
+            show({"text": f"all {latest.step} steps are done already"})
+            return Result(store, latest, latest.meta["tracker_run_id"], plan)
+    connect(job.cluster)
+    check_room(job.cluster)
+    job.tracking.check(num_nodes())
+    if num_nodes() > 1 and store.is_local:
+        show({"text": f"note: {store.url} must be shared by all {num_nodes()} nodes"})
     run_id = _announce(job, store)
     progress = ray.remote(num_cpus=0)(Progress).remote()
     args = WorkerArgs(
@@ -92,7 +112,7 @@ def train(job: Job, show: Callable[[dict[str, Any]], None]) -> Result:
         run_url=store.url,
         run_name=job.run.name,
         plan_digest=plan.digest,
-        shards_url=read_manifest(job.assembly.data.manifest).shards_url,
+        shards_url=job.assembly.pinned_manifest(store).shards_url,
         identity=job.identity,
         code_version=code_version(),
         threads=job.cluster.threads_per_worker,
@@ -121,11 +141,22 @@ def train(job: Job, show: Callable[[dict[str, Any]], None]) -> Result:
         try:
             trainer.fit()
         except TrainingFailedError as error:
-            raise RuntimeError(f"training failed in {store.url}: {error}") from error
+            open_tracker(job.tracking, store, job.run.name, "driver").close("FAILED", timeout_s=5)
+            raise SystemExit(f"training failed in {store.url}: {error}") from error
     checkpoint = Checkpoints(store.child("checkpoints")).latest()
     assert checkpoint is not None, store.url
     assert checkpoint.step == job.train.steps, checkpoint
     return Result(store, checkpoint, run_id, plan)
+
+
+def _check_plan(latest: Checkpoint, plan: Plan, store: Store) -> None:
+    """ValueError where the checkpoint is of another plan: its steps would be of other clips."""
+    trained_on = latest.meta["plan_digest"]
+    if trained_on != plan.digest:
+        raise ValueError(
+            f"{store.url} was trained on plan {trained_on}, which is now {plan.digest}: the "
+            "planner or the text encoder has changed; choose another run.name, or run.fresh=true"
+        )
 
 
 def _announce(job: Job, store: Store) -> str | None:
@@ -159,17 +190,9 @@ class _Watch:
         self._thread.join(timeout=10)
 
     def _run(self) -> None:
-        seen = -1
-        while True:
+        done = False
+        while not done:
             done = self._done.wait(1.0)
-            try:
-                count, line = ray.get(self._progress.last.remote(), timeout=10)
-            except ray.exceptions.RayError:
-                if done:
-                    return
-                continue
-            if count != seen:
-                self._show({**line, "time": time.time()})
-                seen = count
-            if done:
-                return
+            with contextlib.suppress(ray.exceptions.RayError):  # an outage of the head: ask again
+                for line in ray.get(self._progress.take.remote(), timeout=10):
+                    self._show(line)

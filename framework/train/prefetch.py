@@ -3,21 +3,33 @@
 import queue
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
+
+POLL_S = 0.05  # how often a thread that waits for room looks whether it is still wanted
+
+
+@dataclass(frozen=True)
+class _End:
+    error: BaseException | None
 
 
 class Prefetch(Generic[T]):
     """Iterate `items` in a thread, at most `depth` ahead; an error in it is raised by the consumer.
 
-    Leaving the `with` block ends the thread.
+    Leaving the `with` block closes `items`, if it is a generator, and ends the thread. A thread
+    that sits in next(items) cannot be ended: after `deadline_s` it is left behind, as a daemon, so
+    that an exception leaves the block in any case.
     """
 
-    def __init__(self, items: Iterator[T], depth: int) -> None:
+    def __init__(self, items: Iterator[T], depth: int, deadline_s: float = 10.0) -> None:
         self._items = items
-        self._queue: queue.Queue[tuple[str, T | BaseException | None]] = queue.Queue(depth)
+        self._deadline_s = deadline_s
+        self._queue: queue.Queue[T | _End] = queue.Queue(depth)
         self._closed = threading.Event()
+        self._end: _End | None = None
         self._thread = threading.Thread(target=self._run, name="prefetch", daemon=True)
 
     def __enter__(self) -> "Prefetch[T]":
@@ -26,31 +38,41 @@ class Prefetch(Generic[T]):
 
     def __exit__(self, *_: object) -> None:
         self._closed.set()
-        while self._thread.is_alive():  # make room for a put that waits
-            try:
-                self._queue.get(timeout=0.05)
-            except queue.Empty:
-                continue
+        self._end = self._end or _End(None)
+        self._thread.join(self._deadline_s)
 
     def __iter__(self) -> Iterator[T]:
         return self
 
     def __next__(self) -> T:
-        kind, value = self._queue.get()
-        if kind == "item":
-            return value  # type: ignore[return-value]
-        self._queue.put((kind, value))  # whoever asks again gets the same answer
-        if kind == "error":
-            assert isinstance(value, BaseException)
-            raise value
-        raise StopIteration
+        if self._end is None:
+            item = self._queue.get()
+            if not isinstance(item, _End):
+                return item
+            self._end = item  # whoever asks again gets the same answer
+        raise self._end.error or StopIteration
 
     def _run(self) -> None:
         try:
+            self._produce()
+        except BaseException as error:
+            self._put(_End(error))
+        else:
+            self._put(_End(None))
+
+    def _produce(self) -> None:
+        try:
             for item in self._items:
-                self._queue.put(("item", item))
+                self._put(item)
                 if self._closed.is_set():
                     return
-            self._queue.put(("end", None))
-        except BaseException as error:
-            self._queue.put(("error", error))
+        finally:  # in this thread: another one must not close a generator that runs
+            getattr(self._items, "close", lambda: None)()
+
+    def _put(self, item: T | _End) -> None:
+        """Wait for room, as long as there is a reader."""
+        while not self._closed.is_set():
+            try:
+                return self._queue.put(item, timeout=POLL_S)
+            except queue.Full:
+                continue

@@ -8,13 +8,17 @@ last execution of each step.
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import distributed
+from torch import Tensor, distributed
 
+from framework.checkpoint import Checkpoints
 from framework.storage import Store
 from framework.tracking import Tracker
+from framework.train.config import TrainConfig
+from framework.train.engine import StepStats
 from framework.train.loop import StepOutput
 from framework.train.throughput import Throughput
 
@@ -24,15 +28,58 @@ def ledger_name(step: int, rank: int) -> str:
     return f"ledger/step-{step:08d}/rank-{rank:05d}.jsonl"
 
 
-def read_ledger(store: Store) -> dict[int, dict[str, Any]]:
-    """step -> {"clips": sorted ids over all ranks, "loss": float}; `store` is the run's folder."""
+def read_ledger(run: Store) -> dict[int, dict[str, Any]]:
+    """step -> {"clips": sorted ids over all ranks, "loss": float}, up to the last checkpoint.
+
+    `run` is the run's folder. A segment whose checkpoint was not committed may lack a rank, and its
+    steps will be done again: it does not count.
+    """
+    committed = Checkpoints(run.child("checkpoints")).committed_steps()
     steps: dict[int, dict[str, Any]] = {}
-    for name in store.list("ledger"):
-        for line in store.read(name).decode().splitlines():
+    for name in run.list("ledger"):
+        segment = int(name.split("/")[1].removeprefix("step-"))
+        if not committed or segment > committed[-1]:
+            continue
+        for line in run.read(name).decode().splitlines():
             row = json.loads(line)
             entry = steps.setdefault(row["step"], {"clips": [], "loss": row["loss"]})
             entry["clips"] = sorted(entry["clips"] + row["clips"])
     return steps
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What is kept of a step until its window ends: no batch, no noise."""
+
+    number: int
+    epoch: int
+    tokens: int
+    loss_tokens: int
+    loss_share: Tensor
+    stats: StepStats
+    clips: list[int]
+    failed: list[str]
+    lost_tokens: int
+
+    @classmethod
+    def of(cls, output: StepOutput) -> "_Step":
+        inputs = output.inputs
+        batches = [batch for batch, _ in inputs.packs]
+        lost = [
+            batch.cu_seqlens.diff()[(batch.clip_ids >= 0) & (batch.clip_weights == 0)]
+            for batch in batches
+        ]
+        return cls(
+            number=inputs.number,
+            epoch=inputs.epoch,
+            tokens=inputs.tokens,
+            loss_tokens=inputs.loss_tokens,
+            loss_share=output.loss_share,
+            stats=output.stats,
+            clips=[i for batch in batches for i in batch.clip_ids.tolist() if i >= 0],
+            failed=[name for batch in batches for name in batch.failed],
+            lost_tokens=int(sum(lengths.sum() for lengths in lost)),
+        )
 
 
 class Reporter:
@@ -47,60 +94,81 @@ class Reporter:
         *,
         rank: int,
         dp_size: int,
-        log_every: int,
-        total_steps: int,
+        train: TrainConfig,
     ) -> None:
         self._store, self._tracker, self._throughput, self._show = store, tracker, throughput, show
-        self._rank, self._dp_size = rank, dp_size
-        self._log_every, self._total_steps = log_every, total_steps
-        self._pending: list[StepOutput] = []
+        self._rank, self._dp_size, self._train = rank, dp_size, train
+        self._pending: list[_Step] = []
         self._rows: list[dict[str, Any]] = []
         self._failed: list[str] = []
         self._seconds = self._tokens = self._wait_s = 0.0
 
     def record(self, output: StepOutput) -> None:
         """Take one step; every `log_every` steps its window is reduced over ranks and logged."""
-        self._pending.append(output)
+        self._pending.append(_Step.of(output))
         done = output.inputs.number + 1
-        if done % self._log_every == 0 or done == self._total_steps:
+        if done % self._train.log_every == 0 or done == self._train.steps:
             self.flush()
 
     def flush(self) -> None:
-        """Reduce the losses of the steps since the last call, log them, add them to the ledger."""
+        """Sum over ranks what happened since the last call; log it, add it to the ledger.
+
+        RuntimeError where more than `max_lost_share` of the tokens are of clips that failed.
+        """
         if not self._pending:
             return
-        losses = torch.stack([output.loss_share for output in self._pending]).double().cpu()
+        sums = torch.tensor(
+            [
+                [step.loss_share.item(), step.lost_tokens, len(step.failed)]
+                for step in self._pending
+            ],
+            dtype=torch.float64,
+        )
         if self._dp_size > 1:
-            distributed.all_reduce(losses)
+            distributed.all_reduce(sums)
+        rows = list(zip(self._pending, sums.tolist(), strict=True))
+        speed = self._window(len(rows))
+        for step, (loss, lost_tokens, num_failed) in rows:
+            self._failed += step.failed
+            row = {"step": step.number, "clips": step.clips, "loss": loss}
+            self._rows.append({**row, "failed": step.failed} if step.failed else row)
+            metrics = {
+                "train/loss": loss,
+                "train/grad_norm": step.stats.grad_norm,
+                "train/lr": step.stats.lr,
+                "train/epoch": step.epoch,
+                "data/tokens": step.tokens,
+                "data/lost_share": lost_tokens / step.loss_tokens,
+                "data/failed_clips": num_failed,
+            }
+            self._tracker.log_metrics(metrics, step=step.number)
+        last, mean_loss = self._pending[-1], sums[:, 0].mean().item()
+        self._tracker.log_metrics(speed, step=last.number)
+        self._show(
+            {"step": last.number + 1, "steps": self._train.steps, "loss": mean_loss, **speed}
+        )
+        lost_share = sums[:, 1].sum().item() / sum(step.loss_tokens for step in self._pending)
+        self._pending.clear()
+        if lost_share > self._train.max_lost_share:
+            raise RuntimeError(
+                f"{lost_share:.0%} of the tokens of steps {rows[0][0].number} to {last.number} are "
+                f"of clips that could not be read (train.max_lost_share="
+                f"{self._train.max_lost_share}); on this rank: {'; '.join(self._failed[:3])}"
+            )
+
+    def _window(self, num_steps: int) -> dict[str, float]:
         speed = self._throughput.window()
         if speed:
-            seconds = speed["speed/step_s"] * len(self._pending)
+            seconds = speed["speed/step_s"] * num_steps
             self._seconds += seconds
             self._tokens += speed["speed/tokens_per_s"] * seconds
             self._wait_s += speed["data/wait_share"] * seconds
-        for output, loss in zip(self._pending, losses.tolist(), strict=True):
-            inputs = output.inputs
-            packs = [batch for batch, _ in inputs.packs]
-            clips = [i for batch in packs for i in batch.clip_ids.tolist() if i >= 0]
-            self._failed += [name for batch in packs for name in batch.failed]
-            self._rows.append({"step": inputs.number, "clips": clips, "loss": loss})
-            self._tracker.log_metrics(
-                {
-                    "train/loss": loss,
-                    "train/grad_norm": output.stats.grad_norm,
-                    "train/lr": output.stats.lr,
-                    "train/epoch": inputs.epoch,
-                    "data/tokens": inputs.tokens,
-                },
-                step=inputs.number,
-            )
-        last = self._pending[-1]
-        self._tracker.log_metrics(speed, step=last.inputs.number)
-        mean = sum(losses.tolist()) / len(losses)
-        self._show(
-            {"step": last.inputs.number + 1, "steps": self._total_steps, "loss": mean, **speed}
-        )
-        self._pending.clear()
+        return speed
+
+    def clear_ledger(self, step: int) -> None:
+        """Delete what an earlier attempt, maybe of more ranks, wrote for this checkpoint."""
+        for folder in ("ledger", "quarantine"):
+            self._store.delete_folder(f"{folder}/step-{step:08d}")
 
     def write_ledger(self, step: int) -> None:
         """Write this rank's segment that ends with the checkpoint of `step`, and its quarantine."""
@@ -110,7 +178,6 @@ class Reporter:
         if self._failed:
             name = f"quarantine/step-{step:08d}/rank-{self._rank:05d}.json"
             self._store.write(name, json.dumps(self._failed, indent=1).encode())
-            self._tracker.log_metrics({"data/failed_clips": len(self._failed)}, step=step - 1)
         self._rows.clear()
         self._failed.clear()
 

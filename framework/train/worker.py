@@ -30,6 +30,7 @@ from framework.train.prefetch import Prefetch
 from framework.train.report import Reporter
 from framework.train.run_tracker import open_tracker
 from framework.train.throughput import Throughput
+from model_zoo.flops import training_flops_per_token
 
 
 @dataclass(frozen=True)
@@ -86,13 +87,15 @@ def work(args: WorkerArgs) -> None:
         lambda line: _tell(args, rank, line),
         rank=rank,
         dp_size=dp_size,
-        log_every=args.train.log_every,
-        total_steps=args.train.steps,
+        train=args.train,
     )
 
     def commit(done: int) -> None:
         began = time.perf_counter()
-        folder = checkpoints.begin(done) if rank == 0 else checkpoints.folder(done)
+        folder = checkpoints.folder(done)
+        if rank == 0:
+            checkpoints.begin(done)
+            reporter.clear_ledger(done)
         _barrier(dp_size)
         engine.save(folder)
         reporter.write_ledger(done)
@@ -109,7 +112,7 @@ def work(args: WorkerArgs) -> None:
 
     def after_step(output: StepOutput) -> None:
         inputs = output.inputs
-        throughput.step(inputs.tokens)
+        throughput.step(inputs.tokens, _flops(args, inputs) if args.train.peak_tflops else 0.0)
         reporter.record(output)
         done = inputs.number + 1
         if done % args.train.checkpoint_every == 0 or done == args.train.steps:
@@ -131,6 +134,17 @@ def work(args: WorkerArgs) -> None:
         raise
     # The driver ends the MLflow run: evaluation still writes to it.
     tracker.flush(timeout_s=60)
+
+
+def _flops(args: WorkerArgs, inputs: StepInput) -> float:
+    """Model FLOPs of a step over all ranks, taking this rank's clips for the mixture of all."""
+    lengths = [
+        length
+        for batch, _ in inputs.packs
+        for length in batch.cu_seqlens.diff()[batch.clip_ids >= 0].tolist()
+    ]
+    per_token = training_flops_per_token(args.assembly.model, args.assembly.token_size, lengths)
+    return per_token * inputs.tokens
 
 
 def _model(args: WorkerArgs) -> nn.Module:

@@ -1,6 +1,7 @@
 """The stream carries the plan out: in its order, on any number of ranks, holes and all."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from framework.data.collate import assemble, to_batch
 from framework.data.index import IndexConfig, index_shard, write_index
 from framework.data.plan import Plan
 from framework.data.shards import write_shards
+from framework.data.stream import open_stream, segment_steps
 from framework.data.synthetic import SyntheticConfig, shard_samples
 from framework.storage import Store
 
@@ -71,6 +73,21 @@ def test_a_pack_has_the_recipes_static_shapes(line: tuple[Assembly, Plan, str]) 
     assert np.array_equal(tight.tokens, batch.tokens[:used])
 
 
+def test_two_segments_fit_the_object_store(line: tuple[Assembly, Plan, str]) -> None:
+    assembly, plan, shards_url = line
+    reader, config = assembly.reader(shards_url), assembly.data.stream
+    recipe = replace(plan.recipe, max_tokens=1000, max_text_tokens=8000)
+    # A pack: 1000 tokens of 144 float32 and 8000 int64 ids, 640,000 bytes; a step has 3.
+    longest = replace(config, segment_steps=64, object_store_mb=512)
+    assert segment_steps(recipe, reader, longest, 3) == 64
+    assert segment_steps(recipe, reader, replace(longest, object_store_mb=50), 3) == 13
+    assert segment_steps(recipe, reader, replace(longest, object_store_mb=1), 3) == 1
+
+    embedded = replace(reader, encode_text=lambda _: np.zeros((5, 32), np.float32))
+    # 1000 * 144 * 4 + 8000 * 32 * 4 = 1,600,000 bytes
+    assert segment_steps(recipe, embedded, replace(longest, object_store_mb=50), 3) == 5
+
+
 @pytest.fixture
 def local_ray() -> Iterator[None]:
     import ray
@@ -83,12 +100,12 @@ def local_ray() -> Iterator[None]:
 @pytest.mark.slow
 @pytest.mark.usefixtures("local_ray")
 def test_global_batches_do_not_know_the_number_of_ranks(line: tuple[Assembly, Plan, str]) -> None:
-    from framework.data.stream import open_stream
-
     assembly, plan, shards_url = line
     key = spoil(shards_url, plan)
     reader, config = assembly.reader(shards_url), assembly.data.stream
     count = plan.num_steps(0)
+    # Several packs of different shapes are rows of one block.
+    assert (config.steps_per_task, config.static_shapes) == (4, False)
 
     def batches(start: int, rank: int, size: int) -> list[list[tuple[list[int], float]]]:
         stream = open_stream(plan, reader, config, start, count, rank, size)

@@ -1,6 +1,7 @@
 """Items come in order; an error reaches the consumer; leaving early ends the thread."""
 
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -24,20 +25,53 @@ def test_an_error_comes_after_the_items_before_it() -> None:
         yield 1
         raise OSError("the shard is gone")
 
-    with Prefetch(broken(), depth=2) as items:
+    with Prefetch(broken(), depth=1) as items:
         assert next(items) == 1
         for _ in range(2):
             with pytest.raises(OSError, match="the shard is gone"):
                 next(items)
 
 
-def test_leaving_early_ends_an_endless_producer() -> None:
+def test_leaving_early_closes_an_endless_producer() -> None:
+    closed_by = []
+
     def endless() -> Iterator[int]:
-        number = 0
-        while True:
-            yield number
-            number += 1
+        try:
+            while True:
+                yield 0
+        finally:
+            closed_by.append(threading.current_thread().name)
 
     with Prefetch(endless(), depth=2) as items:
         assert next(items) == 0
+    assert closed_by == ["prefetch"]
     assert not prefetch_threads()
+    assert list(items) == []  # and does not wait
+
+
+def test_an_error_leaves_the_block_although_the_producer_is_stuck() -> None:
+    release = threading.Event()
+    producers = []
+
+    def stuck() -> Iterator[int]:
+        producers.append(threading.current_thread())
+        yield 0
+        release.wait()  # not set before the block is left: a store that never answers
+        yield 1
+        yield 2
+
+    def consume() -> None:
+        with Prefetch(stuck(), depth=1, deadline_s=0.2) as items:
+            assert next(items) == 0
+            raise ValueError("a loss that is not finite")
+
+    began = time.monotonic()
+    with pytest.raises(ValueError, match="a loss that is not finite"):
+        consume()
+    assert time.monotonic() - began < 5  # 0.2 s and a busy machine
+    (producer,) = producers
+    assert producer.is_alive()
+    assert producer.daemon
+    release.set()
+    producer.join(timeout=5)
+    assert not producer.is_alive()  # it goes once it can, full queue or not

@@ -1,0 +1,67 @@
+"""A clip that is damaged or gone is a hole; a store that does not answer is an error."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from framework.data.collate import ClipReader
+from framework.data.plan import ClipPlan
+from framework.data.views import View
+from framework.storage import Store
+
+CLIP = ClipPlan(
+    clip_id=7,
+    shard="shard-000000.tar",
+    key="shard-000000/clip-7",
+    offset=4,
+    size_bytes=8,
+    checksum=1,
+    view=View(0, 1, 2, 8, 8),
+    grid=(2, 1, 1),
+    fps=8.0,
+    caption="a square",
+    tokens=2,
+    text_tokens=1,
+    source="",
+    source_id=0,
+    weight=1.0,
+    dummy=False,
+)
+
+
+class LockedStore(Store):
+    """A store whose credentials have expired."""
+
+    def read_range(self, name: str, offset: int, size_bytes: int) -> bytes:
+        raise PermissionError(f"{name}: ACCESS_DENIED")
+
+
+def reader(store: Store) -> ClipReader:
+    return ClipReader(
+        shards=store,
+        tokenize=lambda frames: np.ones((len(frames), 3), np.float32),
+        encode_text=lambda caption: np.zeros(1, np.int64),
+        token_size=3,
+    )
+
+
+@pytest.mark.parametrize(
+    ("shard", "cause"),
+    [(None, "shard-000000.tar"), (b"short", "the object ends at 5"), (bytes(12), "checksum")],
+    ids=["gone", "cut off", "changed"],
+)
+def test_a_clip_that_is_damaged_or_gone_is_a_named_hole(
+    tmp_path: Path, shard: bytes | None, cause: str
+) -> None:
+    store = Store(tmp_path)
+    if shard is not None:
+        store.write(CLIP.shard, shard)
+    tokens, found = reader(store).tokens(CLIP)
+    assert np.array_equal(tokens, np.zeros((2, 3), np.float32))
+    assert cause in found
+
+
+def test_a_store_that_denies_access_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(PermissionError, match="ACCESS_DENIED"):
+        reader(LockedStore(tmp_path)).tokens(CLIP)
