@@ -15,7 +15,7 @@ from framework.cluster import connect
 from framework.config import RunConfig, entry
 from framework.data.index import IndexConfig, index
 from framework.data.synthetic import write_dataset
-from framework.evaluate.run import evaluate, write_evaluation
+from framework.evaluate.run import evaluated, missed_gates
 from framework.sample.generate import Prompt
 from framework.sample.videos import sample_videos
 from framework.storage import Store, join_url
@@ -77,20 +77,15 @@ def main(config: RunConfig) -> None:
         index(config.data.shards, config.data.manifest, chosen)
     say(f"manifest {config.data.manifest}")
 
-    def evaluated(name: str, checkpoint: str) -> dict[str, float]:
-        file = f"evaluation/{name}.json"
-        if not run.exists(file):
-            model, step = assembly.load_model(run, checkpoint, config.evaluate.weights)
-            found = evaluate(assembly, model, step, run, config.evaluate, config.sampler, say)
-            write_evaluation(run, name, found)
-        return json.loads(run.read(file))["metrics"]
+    def metrics_of(checkpoint: str) -> dict[str, float]:
+        return evaluated(assembly, run, config.evaluate, config.sampler, checkpoint, say).metrics
 
     say = stage()
-    before = evaluated("init", "init")
+    before = metrics_of("init")
     say = stage()
     result = train(job, terminal.show, run)
     say = stage()
-    after = evaluated(f"step-{result.checkpoint.step:08d}", "latest")
+    after = metrics_of("latest")
     say = stage()
     samples = _sample(config, assembly, run)
 
@@ -99,11 +94,8 @@ def main(config: RunConfig) -> None:
     run.write("summary.json", (json.dumps(summary, indent=1) + "\n").encode())
     _track(config, result, before, after, samples)
     _print(terminal, summary, config)
-    missed = [f"{k} {after[k]:.3f} < {v}" for k, v in config.evaluate.gates.items() if after[k] < v]
-    if after["eval/loss"] >= before["eval/loss"]:
-        missed.append(f"eval/loss {after['eval/loss']:.4f} >= {before['eval/loss']:.4f} before")
-    if missed:
-        raise ValueError("the model has not learnt what it should: " + ", ".join(missed))
+    if missed := missed_gates(config.evaluate.gates, before, after):
+        raise SystemExit("the model has not learnt what it should: " + "; ".join(missed))
 
 
 def _sample(config: RunConfig, assembly: Assembly, run: Store) -> list[str]:

@@ -140,6 +140,7 @@ class NoTrackerConfig:
         run_id: str | None = None,
         run_key: str | None = None,
         tags: Mapping[str, str] | None = None,
+        reopen: bool = True,
     ) -> Tracker:
         """A tracker that logs nothing."""
         return NoTracker()
@@ -221,11 +222,13 @@ class MlflowConfig:
         run_id: str | None = None,
         run_key: str | None = None,
         tags: Mapping[str, str] | None = None,
+        reopen: bool = True,
     ) -> Tracker:
         """Open the run `run_id`, else the one that was made for `run_key`, else make one.
 
         `run_key` is any string that is this run's alone, such as a UUID in its folder: with it,
-        processes that start while MLflow is down agree on one run later. Sends what an earlier
+        processes that start while MLflow is down agree on one run later. `reopen` False adds to a
+        run without saying that it is running again. Sends what an earlier
         process left in `journal_dir`. Returns after the first answer from MLflow, or the first
         failure to get one.
         """
@@ -236,7 +239,7 @@ class MlflowConfig:
         header = {"name": run_name, "uri": _redact(self.uri)}
         journal = Journal(journal_dir, run_key, run_id, header)
         tracker = MlflowTracker(self, journal, run_name, run_id)
-        tracker.start({**(tags or {})})
+        tracker.start({**(tags or {})}, reopen)
         return tracker
 
     def replay(self, journal_dir: Path, timeout_s: float) -> bool:
@@ -268,10 +271,11 @@ class MlflowTracker:
         self._max_lines, self._singly_until = _MAX_LINES, 0
         self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
 
-    def start(self, tags: Mapping[str, str] | None) -> None:
+    def start(self, tags: Mapping[str, str] | None, reopen: bool = True) -> None:
         """Start sending; `tags` None only replays and says nothing of its own."""
         if tags is not None:
-            self._append({"op": "open"})
+            if reopen:
+                self._append({"op": "open"})
             self.set_tags(tags)
         self._thread.start()
         self._attempted.wait(timeout=60 + self._config.http_timeout_s)

@@ -280,8 +280,8 @@ def _to_parquet(tables: list[pa.Table]) -> bytes:
 if __name__ == "__main__":
     from framework.assembly import Assembly
     from framework.config import RunConfig, entry
-    from framework.mapping import flatten, to_mapping
     from framework.data.manifest import read_manifest
+    from framework.mapping import flatten, to_mapping
     from framework.train.identity import claim
 
     def main(config: RunConfig) -> None:

@@ -71,7 +71,7 @@ def evaluated(
     # By URL: a later checkpoint may have become the latest by now.
     model, step = assembly.load_model(run, url, config.weights)
     evaluation = evaluate(assembly, model, step, run, config, sampler, say)
-    content = {"step": step, "metrics": evaluation.metrics, "settings": settings}
+    content = {"step": evaluation.step, "metrics": evaluation.metrics, "settings": settings}
     run.write(file, (json.dumps(content, indent=1) + "\n").encode())
     return evaluation
 

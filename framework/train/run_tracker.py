@@ -10,6 +10,7 @@ from framework.storage import Store
 from framework.tracking import Tracker
 
 _NAME = "tracking.json"
+TRAINING_ROLES = ("driver", "rank-0")  # the others add to a run that may be finished
 
 
 def open_tracker(tracking: Any, run: Store, run_name: str, role: str) -> Tracker:
@@ -23,6 +24,7 @@ def open_tracker(tracking: Any, run: Store, run_name: str, role: str) -> Tracker
         journal_dir=_journal_dir(run, role),
         run_id=known.get("run_id"),
         run_key=known["run_key"],
+        reopen=role in TRAINING_ROLES,
     )
     if known.get("run_id") != tracker.run_id or not run.exists(_NAME):
         run.write(_NAME, json.dumps({**known, "run_id": tracker.run_id}).encode())
