@@ -15,7 +15,7 @@ from framework.cluster import connect
 from framework.config import RunConfig, entry
 from framework.data.index import IndexConfig, index
 from framework.data.synthetic import write_dataset
-from framework.evaluate.run import evaluated, missed_gates
+from framework.evaluate.run import Evaluation, evaluated, missed_gates
 from framework.sample.generate import Prompt
 from framework.sample.videos import sample_videos
 from framework.storage import Store, join_url
@@ -77,15 +77,15 @@ def main(config: RunConfig) -> None:
         index(config.data.shards, config.data.manifest, chosen)
     say(f"manifest {config.data.manifest}")
 
-    def metrics_of(checkpoint: str) -> dict[str, float]:
-        return evaluated(assembly, run, config.evaluate, config.sampler, checkpoint, say).metrics
+    def evaluation_of(checkpoint: str) -> Evaluation:
+        return evaluated(assembly, run, config.evaluate, config.sampler, checkpoint, say)
 
     say = stage()
-    before = metrics_of("init")
+    before = evaluation_of("init")
     say = stage()
     result = train(job, terminal.show, run)
     say = stage()
-    after = metrics_of("latest")
+    after = evaluation_of("latest")
     say = stage()
     samples = _sample(config, assembly, run)
 
@@ -94,7 +94,7 @@ def main(config: RunConfig) -> None:
     run.write("summary.json", (json.dumps(summary, indent=1) + "\n").encode())
     _track(config, result, before, after, samples)
     _print(terminal, summary, config)
-    if missed := missed_gates(config.evaluate.gates, before, after):
+    if missed := missed_gates(config.evaluate.gates, before.metrics, after.metrics):
         raise SystemExit("the model has not learnt what it should: " + "; ".join(missed))
 
 
@@ -112,8 +112,8 @@ def _sample(config: RunConfig, assembly: Assembly, run: Store) -> list[str]:
 def _summary(
     config: RunConfig,
     result: Result,
-    before: dict[str, float],
-    after: dict[str, float],
+    before: Evaluation,
+    after: Evaluation,
     samples: list[str],
 ) -> dict[str, Any]:
     losses = [row["loss"] for _, row in sorted(read_ledger(result.store).items())]
@@ -124,8 +124,8 @@ def _summary(
         "steps": result.checkpoint.step,
         "loss_first": sum(losses[:count]) / count,
         "loss_last": sum(losses[-count:]) / count,
-        "before": before,
-        "after": after,
+        "before": before.metrics,
+        "after": after.metrics,
         "speed": result.checkpoint.meta["speed"],
         "plan": {"digest": plan.digest, "fill": plan.fill, "imbalance": plan.imbalance},
         "samples": samples,
@@ -136,14 +136,14 @@ def _summary(
 def _track(
     config: RunConfig,
     result: Result,
-    before: dict[str, float],
-    after: dict[str, float],
+    before: Evaluation,
+    after: Evaluation,
     samples: list[str],
 ) -> None:
     """Evaluations, videos and the end of the run, in MLflow."""
     tracker = open_tracker(config.tracking, result.store, config.run.name, "driver")
-    tracker.log_metrics(before, step=0)
-    tracker.log_metrics(after, step=result.checkpoint.step)
+    tracker.log_metrics(before.charted(), step=0)
+    tracker.log_metrics(after.charted(), step=result.checkpoint.step)
     if result.store.is_local:
         for url in samples:
             tracker.log_artifact(url.removeprefix("file://"), "samples")

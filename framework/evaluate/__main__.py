@@ -30,7 +30,7 @@ def main(config: RunConfig) -> None:
 
 
 def _track(config: RunConfig, run: Store, evaluation: Evaluation) -> None:
-    metrics = evaluation.metrics
+    metrics = evaluation.charted()
     if config.evaluate.weights == "weights":  # a metric has one point at a step: the EMA's
         metrics = {name.replace("eval/", "eval-weights/"): v for name, v in metrics.items()}
     tracker = open_tracker(config.tracking, run, config.run.name, "evaluate")

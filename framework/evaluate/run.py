@@ -42,6 +42,14 @@ class Evaluation:
     step: int
     metrics: dict[str, float]
 
+    def charted(self) -> dict[str, float]:
+        """The metrics that are worth a chart: without the ends of intervals and the counts."""
+        return {
+            name: value
+            for name, value in self.metrics.items()
+            if not name.endswith(("_low", "_high", "_num_videos"))
+        }
+
 
 def evaluated(
     assembly: Assembly,
