@@ -28,11 +28,11 @@ from framework.train.run_tracker import open_tracker
 
 # Seconds of each stage on two cores of a small cloud machine; they only tell the time left.
 STAGES = {
-    "making captioned clips": 25,
-    "indexing the shards": 15,
-    "evaluating the untrained model": 35,
-    "planning and training": 480,
-    "evaluating the trained model": 35,
+    "making captioned clips": 15,
+    "indexing the shards": 10,
+    "evaluating the untrained model": 25,
+    "planning and training": 520,
+    "evaluating the trained model": 25,
     "sampling videos": 5,
 }
 # (caption, frames, height, width): sizes that were trained, then a longer and a larger one.

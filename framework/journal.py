@@ -1,7 +1,7 @@
 """A local append-only journal: what a process has to say outlives it, also after kill -9.
 
-It knows nothing of who reads it; `framework.tracking` sends it to MLflow. A line is in the kernel's
-hands when `append` returns; a power cut may cost the last ones.
+It knows nothing of who reads it; `framework.mlflow_tracker` sends it to MLflow. A line is in the
+kernel's hands when `append` returns; a power cut may cost the last ones.
 """
 
 import json

@@ -7,14 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from framework import checkpoint
-from framework.checkpoint import (
-    Checkpoints,
-    find_checkpoint,
-    load_state,
-    load_weights,
-    save_state,
-)
+from framework import sharded_state
+from framework.checkpoint import Checkpoints, find_checkpoint, load_weights
+from framework.sharded_state import checksum, load_state, save_state, shapes_of
 from framework.storage import Store
 
 
@@ -70,8 +65,8 @@ def test_a_part_of_the_state_can_be_read(checkpoints: Checkpoints) -> None:
 def test_large_states_are_cut_into_files_and_reads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoint, "PART_BYTES", 6000)
-    monkeypatch.setattr(checkpoint, "READ_BYTES", 1000)
+    monkeypatch.setattr(sharded_state, "PART_BYTES", 6000)
+    monkeypatch.setattr(sharded_state, "READ_BYTES", 1000)
     store = Store(tmp_path)
     save_state(state_of(1), SHAPES, store)
     assert len([name for name in store.list() if name.endswith(".bin")]) == 2
@@ -142,7 +137,7 @@ def test_the_marker_names_every_file(checkpoints: Checkpoints) -> None:
     folder = checkpoints.folder(100)
     files = json.loads(folder.read("COMMITTED"))["files"]
     assert sorted([*files, "COMMITTED"]) == folder.list()
-    assert all(files[name] == [folder.size(name), checkpoint.checksum(folder.read(name))]
+    assert all(files[name] == [folder.size(name), checksum(folder.read(name))]
                for name in files)  # fmt: skip
 
 
@@ -185,7 +180,7 @@ def save_model(checkpoints: Checkpoints, model: nn.Module) -> None:
     state = {f"weights.{n}": p.detach().view(-1) for n, p in model.named_parameters()}
     state |= {f"ema.{n}": 2 * p.detach().view(-1) for n, p in model.named_parameters()}
     state["buffers.scale"] = torch.tensor([3.0, 4.0])
-    save_state(state, checkpoint.shapes_of(model), checkpoints.begin(1))
+    save_state(state, shapes_of(model), checkpoints.begin(1))
     checkpoints.commit(1, {})
 
 

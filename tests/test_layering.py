@@ -20,7 +20,7 @@ HEAVY = {
     "flash_attn": ("model_zoo/attention.py",),
     "fsspec": ("framework/storage.py", "framework/checkpoint.py"),
     "hydra": ("framework/config.py", "framework/sweep/*"),
-    "mlflow": ("framework/tracking.py",),
+    "mlflow": ("framework/mlflow_tracker.py",),
     "omegaconf": ("framework/config.py", "framework/sweep/*"),
     "pyarrow.fs": ("framework/storage.py", "framework/checkpoint.py"),
     "ray": (
@@ -65,7 +65,9 @@ NEVER = {
         "framework.checkpoint",
         "framework.diffusion",
         "framework.evaluate",
+        "framework.mlflow_tracker",
         "framework.sample",
+        "framework.sharded_state",
         "framework.tracking",
         "framework.train",
         "model_zoo",
@@ -223,6 +225,7 @@ def test_what_is_allowed_passes(file: str, source: str) -> None:
 
 LIGHT = (
     "framework/batch.py",
+    "framework/mlflow_tracker.py",
     "framework/seeding.py",
     "framework/storage.py",
     "framework/tracking.py",

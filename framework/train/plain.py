@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, distributed, nn
 
-from framework.checkpoint import load_state, persistent_buffers, save_state, shapes_of
+from framework.sharded_state import load_state, persistent_buffers, save_state, shapes_of
 from framework.storage import Store
 from framework.train.ema import check_decay, update_ema
 from framework.train.engine import (

@@ -29,7 +29,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.overrides import TorchFunctionMode
 
-from framework.checkpoint import load_state, persistent_buffers, save_state, shapes_of
+from framework.sharded_state import load_state, persistent_buffers, save_state, shapes_of
 from framework.storage import Store
 from framework.train.ema import check_decay, update_ema
 from framework.train.engine import (

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from framework.assembly import Assembly
-from framework.checkpoint import Checkpoints, save_state, shapes_of
+from framework.checkpoint import Checkpoints
 from framework.config import RunConfig, compose
 from framework.data.index import IndexConfig, index_shard, write_index
 from framework.data.manifest import read_manifest
@@ -17,6 +17,7 @@ from framework.data.shards import write_shards
 from framework.data.synthetic import SyntheticConfig, shard_samples
 from framework.evaluate.run import Evaluation, evaluated, missed_gates
 from framework.mapping import flatten, to_mapping
+from framework.sharded_state import save_state, shapes_of
 from framework.storage import Store
 
 SHARD = "shard-000000.tar"

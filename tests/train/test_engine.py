@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.utils.checkpoint import checkpoint
 
-from framework.checkpoint import load_state, shapes_of
+from framework.sharded_state import load_state, shapes_of
 from framework.storage import Store
 from framework.train.engine import KINDS, Engine
 from framework.train.optimizer import AdamWConfig
