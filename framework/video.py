@@ -30,6 +30,8 @@ _FORMATS = "mov,matroska,avi,mpegts,mpeg,flv,ogg,png_pipe,jpeg_pipe,webp_pipe"
 # Full chroma interpolation keeps coloured edges where they are in small frames; the other two make
 # the result independent of the SIMD instructions of the machine.
 _EXACT = Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
+# Bilinear weights widen when shrinking, so there is no aliasing; bicubic would overshoot.
+_SCALING = Interpolation.BILINEAR | _EXACT
 _BT709 = 1  # the value of BT.709 in H.264's primaries, transfer and matrix fields (ITU-T H.273)
 
 
@@ -141,13 +143,12 @@ def _fit(frame: VideoFrame, scaler: VideoReformatter, height: int, width: int) -
         tall, wide = height, max(width, round(frame.width * height / frame.height))
     else:
         tall, wide = max(height, round(frame.height * width / frame.width)), width
-    # Bilinear weights widen when shrinking, so there is no aliasing; bicubic would overshoot.
     rgb = scaler.reformat(
         frame,
         width=wide,
         height=tall,
         format="rgb24",
-        interpolation=Interpolation.BILINEAR | _EXACT,
+        interpolation=_SCALING,
         threads=1,
     ).to_ndarray()
     top, left = (tall - height) // 2, (wide - width) // 2
