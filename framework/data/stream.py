@@ -5,9 +5,10 @@ datasets over consecutive segments of steps. A row is a pack: a task reads its c
 fetches them by byte range, and returns them as arrays. So a resume is an integer, ranks need no
 coordinator, and nothing is dropped mid-way.
 
-A segment runs to its end while the one before it is used, and memory is bounded by two of them. One
-dataset over all steps would be held back by back-pressure most of the time, and then Ray Data's
-executor (2.60) polls without a pause: it took half a core in each train process, and the demo
+A segment runs to its end while the one before it is used, and memory is bounded by two of them:
+they fit into the share of the object store that the config gives, or are one step each. One dataset
+over all steps would be held back by back-pressure most of the time, and then Ray Data's executor
+(2.60) polls without a pause: it took half a core in each train process, and the demo
 trained at about a third of the speed (benchmarks/results/2026-11-21-2-core-vm.md).
 
 Invariant: what arrives is what the plan says, in its order; the consumer asserts it.
