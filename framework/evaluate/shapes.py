@@ -143,8 +143,8 @@ def _centroids(alpha: np.ndarray) -> np.ndarray:
 def _best_shape(alpha: np.ndarray, centre: np.ndarray) -> tuple[str, float]:
     """The ideal shape that is least different, median over the frames, and its median IoU.
 
-    The difference is taken with smooth edges, which tell a square from a circle of 16 pixels where
-    masks alone do not; the IoU is of masks.
+    The difference is taken with smooth edges, which say more than masks where a shape has few
+    pixels; the IoU is of masks.
     """
     mask = alpha > 0.5
     area = mask.sum(axis=(1, 2))

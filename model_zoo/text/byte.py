@@ -46,6 +46,11 @@ class ByteText:
         self.config = config
 
     @property
+    def max_tokens(self) -> int:
+        """Of the longest encoded caption; a model that learns a row for each position asks."""
+        return self.config.max_tokens
+
+    @property
     def fingerprint(self) -> str:
         """Names the scheme and both lengths."""
         return f"byte-1-{self.config.max_tokens}-{self.config.multiple_of}"
