@@ -22,9 +22,16 @@ $(READY): requirements.lock pyproject.toml
 	touch $(READY)
 
 # The whole line on two CPU cores, in about ten minutes: clips, manifest, plan, training under Ray
-# Train and ZeRO-3, samples, evaluation, MLflow.
+# Train and ZeRO-3, samples, evaluation, MLflow. STORE=s3 keeps all of it in an S3 server, which is
+# started for it.
+ifeq ($(STORE),s3)
+AROUND := $(BIN)/python -m framework.local_s3 longtake runs/s3
+ROOT := run.root=s3://longtake
+else ifneq ($(STORE),)
+$(error STORE=$(STORE): there is STORE=s3, or none for local files)
+endif
 demo: $(READY)
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m framework.demo experiment=demo $(ARGS)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(AROUND) $(BIN)/python -m framework.demo experiment=demo $(ROOT) $(ARGS)
 
 test: lint
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -q $(ARGS)

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,6 @@ class ClusterConfig:
     max_failures: int = 3  # restarts of the worker group before the run is given up
     num_cpus: int | None = None
     object_store_mb: int = 1024
-    worker_logs: bool = False  # forward what workers print to the driver's terminal
 
     def __post_init__(self) -> None:
         for name in ("num_workers", "threads_per_worker"):
@@ -45,7 +45,7 @@ def connect(config: ClusterConfig) -> None:
         return
     address = config.address or os.environ.get("RAY_ADDRESS")
     if address:
-        ray.init(address=address, log_to_driver=config.worker_logs, logging_level="WARNING")
+        _join(address)
         return
     # A file ~/.ray/auth_token would turn authentication on by itself; say the mode.
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
@@ -54,9 +54,43 @@ def connect(config: ClusterConfig) -> None:
         num_cpus=config.num_cpus,
         object_store_memory=config.object_store_mb << 20,
         include_dashboard=False,
-        log_to_driver=config.worker_logs,
+        log_to_driver=False,
         logging_level="WARNING",
     )
+
+
+def _join(address: str) -> None:
+    """Connect to a cluster that stands; ValueError, with what to look at, where it does not."""
+    import ray
+
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level="WARNING")
+    except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
+        mode = os.environ.get("RAY_AUTH_MODE", "unset")
+        raise ValueError(
+            f"no Ray cluster can be joined at {address} ({type(error).__name__}: "
+            f"{str(error).strip().splitlines()[0] if str(error).strip() else 'no reason given'}). "
+            "Is it up (`ray status`), and is this the head's address? A cluster with tokens also "
+            "answers like this to a wrong one: RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or "
+            f"RAY_AUTH_TOKEN_PATH must be as on the head (RAY_AUTH_MODE is {mode} here)"
+        ) from error
+
+
+def check_lasting(key: str, url: str) -> None:
+    """ValueError where a local path lies in the copy of the code that Ray makes for one job.
+
+    `ray job submit --working-dir` starts the driver there, so every relative path points into it,
+    and Ray deletes it after the job.
+    """
+    here = Path.cwd()
+    if "://" in url and not url.startswith("file://"):
+        return
+    path = Path(os.path.abspath(url.removeprefix("file://")))
+    if "runtime_resources" in here.parts and path.is_relative_to(here):
+        raise ValueError(
+            f"{key}={url} lies in the job's own copy of the code, which Ray deletes; give an "
+            "absolute path that all nodes share, or an s3:// URL"
+        )
 
 
 def num_nodes() -> int:
@@ -64,6 +98,13 @@ def num_nodes() -> int:
     import ray
 
     return sum(bool(node["Alive"]) for node in ray.nodes())
+
+
+def object_store_mb() -> float:
+    """Megabytes of the connected cluster's object store, over all nodes."""
+    import ray
+
+    return ray.cluster_resources().get("object_store_memory", 0) / (1 << 20)
 
 
 def check_room(config: ClusterConfig) -> None:

@@ -74,11 +74,14 @@ def entry(function: Callable[[RunConfig], None]) -> None:
     def run(node: DictConfig) -> None:
         try:
             function(convert(node))
-        except ValueError as error:
+        except (ValueError, OSError) as error:  # what a user gave, and the places that it names
             if os.environ.get("LONGTAKE_TRACEBACK"):
                 raise
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
+        except KeyboardInterrupt as stop:
+            print(str(stop) or "stopped; the same command goes on", file=sys.stderr)
+            sys.exit(130)  # as a shell has it for SIGINT
 
     sys.argv[1:] = [_force_add(argument) for argument in sys.argv[1:]]
     run()

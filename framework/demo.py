@@ -16,15 +16,16 @@ from framework.config import RunConfig, entry
 from framework.data.index import IndexConfig, index
 from framework.data.synthetic import write_dataset
 from framework.evaluate.run import Evaluation, evaluated, missed_gates
+from framework.logs import RunLog
 from framework.sample.generate import Prompt
 from framework.sample.videos import sample_videos
 from framework.storage import Store, join_url
 from framework.terminal import Terminal, duration
 from framework.train.__main__ import job_of
 from framework.train.identity import claim
-from framework.train.job import Result, train
+from framework.train.job import Job, Result, train
 from framework.train.report import read_ledger
-from framework.train.run_tracker import open_tracker
+from framework.train.run_tracker import log_files, open_tracker
 
 # Seconds of each stage on two cores of a small cloud machine; they only tell the time left.
 STAGES = {
@@ -38,14 +39,14 @@ STAGES = {
 # (caption, frames, height, width): sizes that were trained, then a longer and a larger one.
 SHOWCASE = (
     ("a red circle moves left quickly over grey", 16, 32, 48),
-    ("a blue square moves down slowly over black", 24, 32, 32),
+    ("a blue cross moves down slowly over black", 24, 32, 32),
     ("a yellow triangle moves up quickly over navy", 16, 48, 32),
-    ("a green square moves right slowly over grey", 24, 32, 48),
+    ("a green cross moves right slowly over grey", 24, 32, 48),
     ("a cyan circle moves up slowly over navy", 24, 48, 32),
     ("a purple triangle moves right quickly over black", 16, 32, 48),
     ("a yellow circle over grey", 1, 32, 32),
-    ("a red square moves right slowly over navy", 48, 32, 48),
-    ("a green circle moves down slowly over black", 24, 64, 64),
+    ("a red cross moves right slowly over navy", 48, 32, 48),
+    ("a green circle moves down slowly over black", 24, 48, 48),
 )
 
 
@@ -53,8 +54,21 @@ def main(config: RunConfig) -> None:
     """Run all stages and print the table."""
     if config.data.synthetic is None:
         raise ValueError("the demo makes its own clips; give data=synthetic or data.synthetic.…")
+    terminal, job = Terminal(), job_of(config)
+    job.check()
+    run = claim(config.run, job.identity)
+    log = RunLog(run, "driver")
+    terminal.say(f"run {config.run.name} in {run.url}, log in {log.path}")
+    with terminal.alone(log):
+        missed = _stages(config, job, run, terminal)
+    if missed:
+        raise SystemExit("the model has not learnt what it should: " + "; ".join(missed))
+
+
+def _stages(config: RunConfig, job: Job, run: Store, terminal: Terminal) -> list[str]:
+    """All of it; the gates that were missed."""
+    assert config.data.synthetic is not None
     began = time.monotonic()
-    terminal = Terminal()
     stages = iter(range(1, len(STAGES) + 1))
 
     def stage() -> Callable[[str], None]:
@@ -62,11 +76,6 @@ def main(config: RunConfig) -> None:
         names, seconds = list(STAGES), list(STAGES.values())
         terminal.stage(number, len(STAGES), names[number - 1], sum(seconds[number - 1 :]))
         return lambda text: terminal.show({"text": text})
-
-    assembly, job = Assembly.of(config), job_of(config)
-    assembly.check()
-    run = claim(config.run, job.identity)
-    terminal.say(f"run {config.run.name} in {run.url}")
 
     say = stage()
     say(write_dataset(config.data.synthetic, config.data.shards, processes=2))
@@ -78,7 +87,7 @@ def main(config: RunConfig) -> None:
     say(f"manifest {config.data.manifest}")
 
     def evaluation_of(checkpoint: str) -> Evaluation:
-        return evaluated(assembly, run, config.evaluate, config.sampler, checkpoint, say)
+        return evaluated(job.assembly, run, config.evaluate, config.sampler, checkpoint, say)
 
     say = stage()
     before = evaluation_of("init")
@@ -87,15 +96,14 @@ def main(config: RunConfig) -> None:
     say = stage()
     after = evaluation_of("latest")
     say = stage()
-    samples = _sample(config, assembly, run)
+    samples = _sample(config, job.assembly, run)
 
-    summary = _summary(config, result, before, after, samples)
+    summary = _summary(result, before, after, samples)
     summary["seconds"] = round(time.monotonic() - began, 1)
     run.write("summary.json", (json.dumps(summary, indent=1) + "\n").encode())
     _track(config, result, before, after, samples)
     _print(terminal, summary, config)
-    if missed := missed_gates(config.evaluate.gates, before.metrics, after.metrics):
-        raise SystemExit("the model has not learnt what it should: " + "; ".join(missed))
+    return missed_gates(config.evaluate.gates, before.metrics, after.metrics)
 
 
 def _sample(config: RunConfig, assembly: Assembly, run: Store) -> list[str]:
@@ -110,11 +118,7 @@ def _sample(config: RunConfig, assembly: Assembly, run: Store) -> list[str]:
 
 
 def _summary(
-    config: RunConfig,
-    result: Result,
-    before: Evaluation,
-    after: Evaluation,
-    samples: list[str],
+    result: Result, before: Evaluation, after: Evaluation, samples: list[str]
 ) -> dict[str, Any]:
     losses = [row["loss"] for _, row in sorted(read_ledger(result.store).items())]
     count = max(1, len(losses) // 50)
@@ -144,9 +148,8 @@ def _track(
     tracker = open_tracker(config.tracking, result.store, config.run.name, "driver")
     tracker.log_metrics(before.charted(), step=0)
     tracker.log_metrics(after.charted(), step=result.checkpoint.step)
-    if result.store.is_local:
-        for url in samples:
-            tracker.log_artifact(url.removeprefix("file://"), "samples")
+    names = [url.rsplit("/", 1)[1] for url in samples]
+    log_files(tracker, result.store.child("samples"), names, "samples")
     tracker.close("FINISHED")
 
 
@@ -173,8 +176,8 @@ def _print(terminal: Terminal, summary: dict[str, Any], config: RunConfig) -> No
     for url in summary["samples"]:
         terminal.say(f"  {url.removeprefix('file://')}")
     terminal.say(f"\nsummary: {join_url(summary['run'], 'summary.json').removeprefix('file://')}")
-    if command := config.tracking.page_command():
-        terminal.say(f"the MLflow page, at http://127.0.0.1:5000:\n  {command}")
+    if page := config.tracking.page():
+        terminal.say("the MLflow page, at {}:\n  {}".format(*page))
 
 
 def _cell(metrics: dict[str, float], name: str) -> str:

@@ -51,6 +51,7 @@ class MlflowTracker:
         self._cond = threading.Condition()  # guards the journal and the flags below
         self._hurry, self._stopping, self._down = True, False, False
         self._attempted = threading.Event()
+        self.problem: str | None = None  # why MLflow has not taken the last lines, if it has not
         self._tries = self._num_refused = self._num_lost = 0
         self._max_lines, self._singly_until = _MAX_LINES, 0
         self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
@@ -188,6 +189,7 @@ class MlflowTracker:
                 self._cond.wait_for(lambda: self._urgent, pause_s)
 
     def _note_failure(self, error: Exception) -> None:
+        self.problem = f"{self._config.uri_without_password}: {error}"
         if not self._down:
             _logger.warning(
                 "MLflow at %s does not take this run's figures; they wait in %s: %s",
@@ -229,6 +231,7 @@ class MlflowTracker:
         if self._down:
             _logger.warning("MLflow takes this run's figures again")
         self._tries, self._max_lines, self._down = 0, _MAX_LINES, False
+        self.problem = None
         with self._cond:
             self._journal.ack(batch[-1][1], self._run.run_id)
             self._cond.notify_all()

@@ -37,16 +37,14 @@ _PERMANENT_TYPES = (
 )
 _PERMANENT_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENAMETOOLONG)
 # Arrow gives most errors of an object store, and some of a file system, as text alone.
-_PERMANENT_WORDS = (
+_DENIED_WORDS = (
     "ACCESS_DENIED",
-    "NO_SUCH_BUCKET",
     "INVALID_ACCESS_KEY_ID",
     "INVALID_CLIENT_TOKEN_ID",
     "SIGNATURE_DOES_NOT_MATCH",
     "credentials",
-    "is a directory",
-    "not a directory",
 )
+_PERMANENT_WORDS = (*_DENIED_WORDS, "NO_SUCH_BUCKET", "is a directory", "not a directory")
 _UNCOMMITTED = re.compile(r"\.[0-9a-f]{8}\.tmp$")  # what a killed `write` leaves on local disk
 
 
@@ -137,9 +135,25 @@ class Store:
                 # One request for a small object, in place of the three of a multipart upload.
                 options = "?allow_delayed_open=true" if scheme == "s3" else ""
                 uri = f"{scheme}://{quote(place)}{options}"
-                opened, self._root = with_retries(lambda: fs.FileSystem.from_uri(uri))
+                opened, self._root = self._do(lambda: fs.FileSystem.from_uri(uri))
                 self._fs = opened
         return self._fs
+
+    def _do(self, action: Callable[[], T]) -> T:
+        """`with_retries`; where access is denied or there is no bucket, the error says more."""
+        try:
+            return with_retries(action)
+        except OSError as error:
+            words = str(error)
+            if any(word in words for word in _DENIED_WORDS):
+                raise PermissionError(
+                    f"{self.url}: access denied. Credentials come from AWS_ACCESS_KEY_ID and "
+                    "AWS_SECRET_ACCESS_KEY, ~/.aws or the machine's role, a server other than "
+                    f"Amazon's from AWS_ENDPOINT_URL. It said: {words}"
+                ) from error
+            if "NO_SUCH_BUCKET" in words:
+                raise FileNotFoundError(f"{self.url}: there is no such bucket") from error
+            raise
 
     def path(self, name: str = "") -> str:
         """The path of `name` inside `self.fs`."""
@@ -163,12 +177,12 @@ class Store:
 
     def exists(self, name: str = "") -> bool:
         """Whether an object or a folder has this name. On S3 an emptied folder may linger."""
-        info = with_retries(lambda: self.fs.get_file_info(self.path(name)))
+        info = self._do(lambda: self.fs.get_file_info(self.path(name)))
         return info.type != fs.FileType.NotFound
 
     def size(self, name: str) -> int:
         """Size in bytes of an object; FileNotFoundError where there is none."""
-        info = with_retries(lambda: self.fs.get_file_info(self.path(name)))
+        info = self._do(lambda: self.fs.get_file_info(self.path(name)))
         if info.type != fs.FileType.File:
             raise FileNotFoundError(join_url(self.url, name))
         return info.size
@@ -176,7 +190,7 @@ class Store:
     def list(self, name: str = "") -> list[str]:
         """Names of all objects below folder `name`, relative to this store, sorted; [] if none."""
         selector = fs.FileSelector(self.path(name), recursive=True, allow_not_found=True)
-        infos = with_retries(lambda: self.fs.get_file_info(selector))
+        infos = self._do(lambda: self.fs.get_file_info(selector))
         prefix = self.path().rstrip("/") + "/"
         files = (info.path.removeprefix(prefix) for info in infos if info.type == fs.FileType.File)
         return sorted(file for file in files if not _UNCOMMITTED.search(file))
@@ -188,7 +202,7 @@ class Store:
             with self.fs.open_input_stream(self.path(name)) as stream:
                 return stream.read()
 
-        return with_retries(action)
+        return self._do(action)
 
     def read_range(self, name: str, offset: int, size_bytes: int) -> bytes:
         """`size_bytes` bytes from `offset`; EOFError where the object ends before."""
@@ -202,18 +216,18 @@ class Store:
                     )
                 return file.read_at(size_bytes, offset)
 
-        data = with_retries(action)
+        data = self._do(action)
         assert len(data) == size_bytes, (self.url, name, offset, size_bytes, len(data))
         return data
 
     def open_input(self, name: str) -> NativeFile:
         """A seekable reader."""
-        return with_retries(lambda: self.fs.open_input_file(self.path(name)))
+        return self._do(lambda: self.fs.open_input_file(self.path(name)))
 
     def open_output(self, name: str) -> NativeFile:
         """A writer; the object is whole only after close(). For large files, else use `write`."""
         self._make_parent(name)
-        return with_retries(lambda: self.fs.open_output_stream(self.path(name)))
+        return self._do(lambda: self.fs.open_output_stream(self.path(name)))
 
     def write(self, name: str, data: bytes | memoryview | Buffer) -> None:
         """Write an object in one atomic step, over any older one. Buffers are not copied."""
@@ -233,19 +247,19 @@ class Store:
                     os.unlink(path)
                 raise
 
-        with_retries(action)
+        self._do(action)
 
     def delete(self, name: str) -> None:
         """Delete an object; silent where there is none."""
         try:
-            with_retries(lambda: self.fs.delete_file(self.path(name)))
+            self._do(lambda: self.fs.delete_file(self.path(name)))
         except FileNotFoundError:
             return
 
     def delete_folder(self, name: str) -> None:
         """Delete a folder and all below it; silent where there is none."""
         try:
-            with_retries(lambda: self.fs.delete_dir(self.path(name)))
+            self._do(lambda: self.fs.delete_dir(self.path(name)))
         except FileNotFoundError:
             return
 

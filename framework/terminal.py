@@ -1,8 +1,12 @@
 """What a person watching the terminal sees: the stage, how far it is, how long still."""
 
+import contextlib
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any, TextIO
+
+from framework.logs import RunLog
 
 
 def duration(seconds: float) -> str:
@@ -21,6 +25,16 @@ class Terminal:
         self._began = time.monotonic()
         self._last_shown = -every_s
         self._first: tuple[int, float] | None = None  # step and time since which the rate counts
+
+    @contextlib.contextmanager
+    def alone(self, log: RunLog) -> Iterator[None]:
+        """Nothing but this terminal's lines is shown; they and all else go to `log`."""
+        with log.catch() as both:
+            kept, self._out = self._out, both
+            try:
+                yield
+            finally:
+                self._out = kept
 
     def say(self, text: str) -> None:
         """One line."""

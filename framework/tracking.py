@@ -7,8 +7,9 @@ nothing. As a command it sends what a dead run left behind.
 
 import re
 import shlex
+import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Protocol
@@ -29,6 +30,10 @@ class Tracker(Protocol):
     @property
     def journal_path(self) -> Path | None:
         """The journal file, to be copied to the run's storage; it is whole after any line."""
+
+    @property
+    def problem(self) -> str | None:
+        """Why the tracker does not take what is logged; None while it does."""
 
     def log_params(self, params: Mapping[str, object]) -> None:
         """Log a flat mapping as strings. The first value of a parameter stays for ever."""
@@ -65,6 +70,7 @@ class NoTracker:
 
     run_id: str | None = None
     journal_path: Path | None = None
+    problem: str | None = None
 
     def log_params(self, params: Mapping[str, object]) -> None:
         """Do nothing."""
@@ -101,11 +107,14 @@ class NoTrackerConfig:
     def check(self, num_nodes: int) -> None:
         """Any number of nodes will do."""
 
+    def check_lasting(self, check: Callable[[str, str], None]) -> None:
+        """There is no file to look at."""
+
     def absolute(self, base: Path) -> "NoTrackerConfig":
         """Nothing to resolve."""
         return self
 
-    def page_command(self) -> str | None:
+    def page(self) -> tuple[str, str] | None:
         """There is no page."""
         return None
 
@@ -158,6 +167,11 @@ class MlflowConfig:
                 "or set tracking=none"
             )
 
+    def check_lasting(self, check: Callable[[str, str], None]) -> None:
+        """Let `check`, `framework.cluster.check_lasting`, look at the file of an sqlite URI."""
+        if (path := self._sqlite_path) is not None:
+            check("tracking.uri: the file", str(path))
+
     def absolute(self, base: Path) -> "MlflowConfig":
         """The same with a relative sqlite path taken from `base`, for workers in other folders."""
         path = self._sqlite_path
@@ -179,8 +193,10 @@ class MlflowConfig:
         path = self._sqlite_path
         return None if path is None else path.resolve().with_name(f"{path.stem}-artifacts").as_uri()
 
-    def page_command(self) -> str | None:
-        """The shell command that shows the page of an sqlite file; None where a server has one.
+    def page(self) -> tuple[str, str] | None:
+        """Where the page of an sqlite file will be, and the shell command that opens it there.
+
+        None where a server shows the page already.
 
         The page reads artifacts from `artifact_location`, which each experiment has stored; that it
         is the default as well makes experiments that are created in the page work too.
@@ -188,13 +204,15 @@ class MlflowConfig:
         path = self._sqlite_path
         if path is None:
             return None
+        port = first_free_port(5000)
         beside = Path(sys.executable).with_name("mlflow")  # no need to activate the environment
         words = [
             str(beside) if beside.exists() else "mlflow",
             *("server", "--backend-store-uri", f"sqlite:///{path.resolve()}"),
-            *("--default-artifact-root", str(self.artifact_location), "--port", "5000"),
+            *("--default-artifact-root", str(self.artifact_location)),
+            *("--port", str(port)),
         ]
-        return shlex.join(words)
+        return f"http://127.0.0.1:{port}", shlex.join(words)
 
     def build(
         self,
@@ -237,6 +255,15 @@ class MlflowConfig:
         done = tracker.flush(timeout_s)
         tracker.close(None, timeout_s=0)
         return done
+
+
+def first_free_port(start: int) -> int:
+    """The first port of this machine from `start` on that nobody listens at."""
+    for port in range(start, start + 100):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)):
+                return port
+    return start
 
 
 def main(arguments: list[str]) -> int:

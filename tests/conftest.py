@@ -2,13 +2,22 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from moto.server import ThreadedMotoServer
+
+from framework.checkpoint import Checkpoints
+from framework.data.index import IndexConfig, index_shard, write_index
+from framework.data.synthetic import SyntheticConfig, write_dataset
+from framework.storage import Store
 
 # Two cores are shared with Ray's workers and servers; more threads only get in each other's way.
 torch.set_num_threads(1)
@@ -44,6 +53,87 @@ def small_line(tmp_path: Path) -> list[str]:
         f"run.root={tmp_path}/runs",
         f"tracking.uri=sqlite:///{tmp_path}/mlflow.db",
     ]
+
+
+@pytest.fixture
+def make_data() -> Callable[[str], list[str]]:
+    """Makes the clips of SMALL_LINE and their manifest below a URL, as the commands do but without
+    Ray; gives the overrides that name them."""
+    return _make_data
+
+
+@pytest.fixture
+def small_data(tmp_path: Path) -> list[str]:
+    """The same below tmp_path, made; the overrides."""
+    return _make_data(str(tmp_path))
+
+
+def _make_data(root: str) -> list[str]:
+    shards, manifest = f"{root}/clips", f"{root}/manifest"
+    write_dataset(SyntheticConfig(num_clips=96, clips_per_shard=32), shards)
+    store, chosen = Store(shards), IndexConfig(heldout_fraction=0.2)
+    names = [name for name in store.list() if name.endswith(".tar")]
+    found = {name: index_shard(store.url, name, chosen) for name in names}
+    write_index(store.url, manifest, found)
+    return [f"data.shards={shards}", f"data.manifest={manifest}"]
+
+
+@pytest.fixture
+def wait_for_commit() -> Callable[..., int]:
+    """Wait until a run has committed a checkpoint later than step `after`; its step."""
+
+    def wait(process: "subprocess.Popen[str]", run: Store, after: int = 0) -> int:
+        checkpoints = Checkpoints(run.child("checkpoints"))
+        while process.poll() is None:
+            steps = checkpoints.committed_steps()
+            if steps and steps[-1] > after:
+                return steps[-1]
+            time.sleep(0.02)
+        raise AssertionError(f"the run ended first: {process.communicate()[0][-6000:]}")
+
+    return wait
+
+
+@pytest.fixture
+def free_port() -> Callable[[], int]:
+    """Ports that nobody listens at, each another, far from those that Ray takes by default."""
+    taken: set[int] = set()
+
+    def port() -> int:
+        while True:
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                number = free.getsockname()[1]
+            if number > 20_000 and number not in taken:
+                taken.add(number)
+                return number
+
+    return port
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    """The address of a real S3 server on this machine."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def s3_bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The URL of an empty bucket there; this process and its children have the credentials."""
+    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_REGION", "http_proxy", "HTTP_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    for path, method in (("moto-api/reset", "POST"), ("bucket", "PUT")):
+        urllib.request.urlopen(urllib.request.Request(f"{s3_server}/{path}", method=method)).close()
+    return "s3://bucket"
 
 
 @pytest.fixture

@@ -33,6 +33,7 @@ HEAVY = {
         "framework/submit.py",
         "framework/sweep/*",
         "framework/train/job.py",
+        "framework/train/progress.py",
         "framework/train/worker.py",
     ),
     "transformers": ("model_zoo/text/pretrained.py",),

@@ -71,7 +71,7 @@ def check_mlflow(uri: str) -> None:
 
 
 def check_samples(finish: Callable[..., str], small_line: list[str], run: Path) -> None:
-    text = "a blue square moves up slowly over navy"
+    text = "a blue cross moves up slowly over navy"
     printed = finish(
         "framework.sample",
         *small_line,
@@ -80,7 +80,7 @@ def check_samples(finish: Callable[..., str], small_line: list[str], run: Path) 
         "sample.height=40",
         "sample.width=56",
     )
-    video = run / "samples/00-a-blue-square-moves-up-slowly-over-navy.mp4"
+    video = run / "samples/00-a-blue-cross-moves-up-slowly-over-navy.mp4"
     assert str(video) in printed
     info = probe(video.read_bytes())
     assert (info.num_frames, info.height, info.width) == (10, 40, 56)

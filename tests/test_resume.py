@@ -12,8 +12,6 @@ import psutil
 import pytest
 
 from framework.checkpoint import Checkpoints
-from framework.data.index import IndexConfig, index_shard, write_index
-from framework.data.synthetic import SyntheticConfig, write_dataset
 from framework.storage import Store
 from framework.train.report import read_ledger
 
@@ -23,39 +21,15 @@ STEPS = 60
 Start = Callable[..., "subprocess.Popen[str]"]
 
 
-def make_data(tmp_path: Path) -> None:
-    """96 clips and their manifest, as the commands would make them, without Ray."""
-    config = SyntheticConfig(num_clips=96, clips_per_shard=32)
-    write_dataset(config, f"{tmp_path}/clips")
-    store = Store(tmp_path / "clips")
-    shards = [name for name in store.list() if name.endswith(".tar")]
-    found = {
-        name: index_shard(store.url, name, IndexConfig(heldout_fraction=0.2)) for name in shards
-    }
-    write_index(store.url, f"{tmp_path}/manifest", found)
-
-
-def overrides(small_line: list[str], tmp_path: Path, name: str) -> list[str]:
+def overrides(small_line: list[str], small_data: list[str], name: str) -> list[str]:
     return [
         *small_line,
+        *small_data,
         f"run.name={name}",
-        f"data.shards={tmp_path}/clips",
-        f"data.manifest={tmp_path}/manifest",
         f"train.steps={STEPS}",
         "train.checkpoint_every=6",
         "train.deterministic=true",
     ]
-
-
-def wait_for_commit(process: "subprocess.Popen[str]", store: Store, after: int) -> int:
-    """Wait until a checkpoint later than step `after` is committed; its step."""
-    checkpoints = Checkpoints(store.child("checkpoints"))
-    while process.poll() is None:
-        steps = checkpoints.committed_steps()
-        if steps and steps[-1] > after:
-            return steps[-1]
-        time.sleep(0.02)
-    raise AssertionError(f"the run ended first: {process.communicate()[0][-6000:]}")
 
 
 def train_workers(process: "subprocess.Popen[str]") -> dict[int, psutil.Process]:
@@ -76,20 +50,24 @@ def wait_for_new_workers(process: "subprocess.Popen[str]", old: dict[int, psutil
 
 
 def test_killed_and_resumed_equals_never_stopped(
-    small_line: list[str], start: Start, finish: Callable[..., str], tmp_path: Path
+    small_line: list[str],
+    small_data: list[str],
+    start: Start,
+    finish: Callable[..., str],
+    wait_for_commit: Callable[..., int],
+    tmp_path: Path,
 ) -> None:
-    straight = overrides([o for o in small_line if "tracking" not in o], tmp_path, "straight")
+    straight = overrides([o for o in small_line if "tracking" not in o], small_data, "straight")
     straight += ["tracking=none"]
-    make_data(tmp_path)
     finish("framework.train", *straight)
     root = Store(tmp_path / "runs")
     expected = read_ledger(root.child("straight"))
     assert sorted(expected) == list(range(STEPS))
 
-    killed = overrides(small_line, tmp_path, "killed")
+    killed = overrides(small_line, small_data, "killed")
     store = root.child("killed")
     process = start("framework.train", *killed)
-    wait_for_commit(process, store, after=0)
+    wait_for_commit(process, store)
     workers = train_workers(process)
     assert len(workers) == 2
     os.kill(max(workers), signal.SIGKILL)  # one rank: Ray restarts the group

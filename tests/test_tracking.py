@@ -69,13 +69,14 @@ def num_runs(config: MlflowConfig) -> int:
 
 def test_the_page_has_a_command_where_no_server_shows_it(tmp_path: Path) -> None:
     config = MlflowConfig(f"sqlite:///{tmp_path}/my runs/mlflow.db")
-    words = shlex.split(config.page_command() or "")
+    url, command = config.page() or ("", "")
+    words = shlex.split(command)
     assert Path(words[0]).name == "mlflow"
     options = dict(zip(words[2::2], words[3::2], strict=True))
     assert options["--backend-store-uri"] == config.uri
     assert options["--default-artifact-root"] == config.artifact_location
-    assert MlflowConfig("http://mlflow:5000").page_command() is None
-    assert NoTrackerConfig().page_command() is None
+    assert MlflowConfig("http://mlflow:5000").page() is None
+    assert NoTrackerConfig().page() is None
 
 
 def test_what_is_logged_is_on_the_run(config: MlflowConfig, tmp_path: Path) -> None:

@@ -95,6 +95,11 @@ class Manifest:
         """The names of all sources, sorted."""
         return tuple(sorted(self.table["source"].unique().to_pylist()))
 
+    @property
+    def first_shard(self) -> str:
+        """The shard that comes first by name; there is one, since a manifest has clips."""
+        return pc.min(self.table["shard"]).as_py()
+
     def split(self, name: str) -> "Manifest":
         """The rows of one split as a manifest of its own, with its own fingerprint."""
         if name not in SPLITS:

@@ -3,9 +3,6 @@
 python -m framework.sample experiment=demo 'sample.prompts=["a red circle over grey"]'
 """
 
-import tempfile
-from pathlib import Path
-
 from framework.assembly import Assembly
 from framework.config import RunConfig, entry
 from framework.sample.generate import Prompt
@@ -13,7 +10,7 @@ from framework.sample.videos import sample_videos
 from framework.storage import Store
 from framework.terminal import Terminal
 from framework.train.identity import run_store
-from framework.train.run_tracker import open_tracker
+from framework.train.run_tracker import log_files, open_tracker
 
 
 def main(config: RunConfig) -> None:
@@ -43,11 +40,7 @@ def main(config: RunConfig) -> None:
 
 def _track(config: RunConfig, run: Store, out: Store, names: list[str]) -> None:
     tracker = open_tracker(config.tracking, run, config.run.name, "sample")
-    with tempfile.TemporaryDirectory() as folder:
-        for name in names:
-            path = Path(folder) / name
-            path.write_bytes(out.read(name))  # wherever it lies; the tracker takes a local file
-            tracker.log_artifact(path, "samples")
+    log_files(tracker, out, names, "samples")
     tracker.close(None)
 
 

@@ -2,8 +2,11 @@
 
 from framework.assembly import Assembly
 from framework.config import RunConfig, entry
+from framework.data.manifest import read_manifest
+from framework.logs import RunLog
 from framework.mapping import flatten, to_mapping
 from framework.terminal import Terminal
+from framework.train.identity import claim
 from framework.train.job import Job, train
 from framework.train.run_tracker import open_tracker
 
@@ -24,9 +27,17 @@ def job_of(config: RunConfig) -> Job:
 
 def main(config: RunConfig) -> None:
     """Train and say where the result lies."""
-    terminal = Terminal()
-    result = train(job_of(config), terminal.show)
-    open_tracker(config.tracking, result.store, config.run.name, "driver").close("FINISHED")
+    terminal, job = Terminal(), job_of(config)
+    job.check()
+    read_manifest(config.data.manifest)  # a mistake must not leave a claimed name behind
+    run = claim(job.run, job.identity)
+    log = RunLog(run, "driver")
+    terminal.say(f"run {config.run.name} in {run.url}, log in {log.path}")
+    if page := config.tracking.page():
+        terminal.say("the MLflow page, at {}: {}".format(*page))
+    with terminal.alone(log):
+        result = train(job, terminal.show, run)
+        open_tracker(config.tracking, run, config.run.name, "driver").close("FINISHED")
     terminal.say(f"committed: {result.checkpoint.store.url}")
 
 

@@ -4,8 +4,6 @@ It holds no training state. Killed and started again by the same command, it fin
 name, and the workers go on from the latest committed checkpoint, in the same MLflow run.
 """
 
-import contextlib
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +16,22 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 
 from framework.assembly import Assembly
 from framework.checkpoint import Checkpoint, Checkpoints
-from framework.cluster import ClusterConfig, check_room, connect, num_nodes
-from framework.data.manifest import read_manifest
+from framework.cluster import (
+    ClusterConfig,
+    check_lasting,
+    check_room,
+    connect,
+    num_nodes,
+    object_store_mb,
+)
+from framework.data.manifest import Manifest
 from framework.data.plan import Plan
 from framework.storage import Store
+from framework.tracking import Status
 from framework.train.config import RunSection, TrainConfig
-from framework.train.identity import claim, code_version
+from framework.train.identity import code_version
+from framework.train.preflight import check_driver, refusal, show_checks
+from framework.train.progress import Line, Stopped, follow, make_board
 from framework.train.run_tracker import open_tracker
 from framework.train.worker import WorkerArgs, work
 
@@ -41,6 +49,17 @@ class Job:
     cluster: ClusterConfig
     identity: dict[str, Any]  # the whole run config, flat
 
+    def check(self) -> None:
+        """ValueError where the configs do not fit together, or name a place that will not last."""
+        self.assembly.check()
+        if self.cluster.num_workers > (packs := self.assembly.data.global_batch_packs):
+            raise ValueError(
+                f"cluster.num_workers={self.cluster.num_workers} is more than "
+                f"data.global_batch_packs={packs}; raise the latter"
+            )
+        check_lasting("run.root", self.run.root)
+        self.tracking.check_lasting(check_lasting)
+
 
 @dataclass(frozen=True)
 class Result:
@@ -52,41 +71,13 @@ class Result:
     plan: Plan
 
 
-class Progress:
-    """A Ray actor: what rank 0 says, which the driver shows; it outlives worker restarts.
+def train(job: Job, show: Callable[[Line], None], store: Store) -> Result:
+    """Run or resume the job, checked before, in its claimed folder `store`, to its last step.
 
-    It keeps every stage, and of the steps in between the last.
+    A run that has come to its last step is given back as it is, without Ray. ValueError for a
+    user's mistake; SystemExit, with its cause, where training fails; Stopped where Ctrl-C or
+    SIGTERM ended it.
     """
-
-    def __init__(self) -> None:
-        self._lines: list[dict[str, Any]] = [{"stage": "starting workers"}]
-
-    def tell(self, line: dict[str, Any]) -> None:
-        """Rank 0's next line."""
-        if self._lines and "stage" not in line and "stage" not in self._lines[-1]:
-            self._lines.pop()
-        self._lines.append(line)
-
-    def take(self) -> list[dict[str, Any]]:
-        """The lines since the last call."""
-        lines, self._lines = self._lines, []
-        return lines
-
-
-def train(job: Job, show: Callable[[dict[str, Any]], None], store: Store | None = None) -> Result:
-    """Run or resume the job to its last step; ValueError for a user's mistake.
-
-    `store` is the run's folder where the caller has claimed it already. A run that has come to its
-    last step is given back as it is, without Ray. SystemExit, with its cause, where training fails.
-    """
-    job.assembly.check()
-    read_manifest(job.assembly.data.manifest)  # a mistake must not leave a claimed name behind
-    if job.cluster.num_workers > (packs := job.assembly.data.global_batch_packs):
-        raise ValueError(
-            f"cluster.num_workers={job.cluster.num_workers} is more than "
-            f"data.global_batch_packs={packs}; raise the latter"
-        )
-    store = store or claim(job.run, job.identity)
     show({"stage": "planning"})
     plan = job.assembly.make_plan(store, job.train.steps, lambda text: show({"text": text}))
     latest = Checkpoints(store.child("checkpoints")).latest()
@@ -100,8 +91,9 @@ def train(job: Job, show: Callable[[dict[str, Any]], None], store: Store | None 
     job.tracking.check(num_nodes())
     if num_nodes() > 1 and store.is_local:
         show({"text": f"note: {store.url} must be shared by all {num_nodes()} nodes"})
-    run_id = _announce(job, store)
-    progress = ray.remote(num_cpus=0)(Progress).remote()
+    manifest = job.assembly.pinned_manifest(store)
+    run_id = _preflight(job, store, manifest, show)
+    board = make_board()
     args = WorkerArgs(
         assembly=job.assembly,
         train=job.train,
@@ -112,11 +104,12 @@ def train(job: Job, show: Callable[[dict[str, Any]], None], store: Store | None 
         run_url=store.url,
         run_name=job.run.name,
         plan_digest=plan.digest,
-        shards_url=job.assembly.pinned_manifest(store).shards_url,
+        shards_url=manifest.shards_url,
+        first_shard=manifest.first_shard,
         identity=job.identity,
         code_version=code_version(),
         threads=job.cluster.threads_per_worker,
-        progress=progress,
+        board=board,
     )
     gpus = job.cluster.gpus_per_worker
     trainer = TorchTrainer(
@@ -137,13 +130,22 @@ def train(job: Job, show: Callable[[dict[str, Any]], None], store: Store | None 
             failure_config=ray.train.FailureConfig(max_failures=job.cluster.max_failures),
         ),
     )
-    with _Watch(progress, show):
-        try:
-            trainer.fit()
-        except TrainingFailedError as error:
-            open_tracker(job.tracking, store, job.run.name, "driver").close("FAILED", timeout_s=5)
-            raise SystemExit(f"training failed in {store.url}: {error}") from error
+    try:
+        stopped = follow(board, trainer.fit, show)
+    except TrainingFailedError as error:
+        _close(job, store, "FAILED")
+        raise SystemExit(f"training failed in {store.url}: {error}") from error
+    except Stopped:
+        _close(job, store, "KILLED")
+        raise
+    if why := ray.get(board.refusal.remote()):
+        _close(job, store, "FAILED")
+        raise ValueError(why)
     checkpoint = Checkpoints(store.child("checkpoints")).latest()
+    if stopped and (checkpoint is None or checkpoint.step < job.train.steps):
+        _close(job, store, "KILLED")
+        at = f"at step {checkpoint.step}, committed" if checkpoint else "before its first step"
+        raise Stopped(f"stopped {at}; the same command goes on with it")
     assert checkpoint is not None, store.url
     assert checkpoint.step == job.train.steps, checkpoint
     return Result(store, checkpoint, run_id, plan)
@@ -159,40 +161,33 @@ def _check_plan(latest: Checkpoint, plan: Plan, store: Store) -> None:
         )
 
 
-def _announce(job: Job, store: Store) -> str | None:
-    """Open the run in the tracker with its config; its id, where the tracker answers."""
+def _preflight(
+    job: Job, store: Store, manifest: Manifest, show: Callable[[Line], None]
+) -> str | None:
+    """Look at storage, shards, tracker and memory, and open the run in the tracker with its config.
+
+    The tracker's id of the run, where it answers; ValueError where a check fails.
+    """
     tracker = open_tracker(job.tracking, store, job.run.name, "driver")
+    memory_mb = job.cluster.num_workers * job.assembly.data.stream.object_store_mb
+    checks = check_driver(
+        store, manifest.shards_url, manifest.first_shard, tracker, memory_mb, object_store_mb()
+    )
+    show_checks(checks, "driver", lambda text: show({"text": text}))
     tracker.log_params(job.identity)
     tracker.set_tags({"longtake.run": store.url, "longtake.code": code_version()})
+    if why := refusal(checks):
+        tracker.close("FAILED", timeout_s=5)
+        raise ValueError(why)
     tracker.close(None)
     return tracker.run_id
+
+
+def _close(job: Job, store: Store, status: Status) -> None:
+    open_tracker(job.tracking, store, job.run.name, "driver").close(status, timeout_s=5)
 
 
 def _ray_storage(store: Store) -> str:
     """Ray Train keeps its own bookkeeping beside ours; it wants a plain path where it is local."""
     ray_store = store.child("ray")
     return str(ray_store.local_path()) if ray_store.is_local else ray_store.url
-
-
-class _Watch:
-    """A thread that shows rank 0's lines while the trainer runs."""
-
-    def __init__(self, progress: Any, show: Callable[[dict[str, Any]], None]) -> None:
-        self._progress, self._show = progress, show
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
-
-    def __enter__(self) -> None:
-        self._thread.start()
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        self._thread.join(timeout=10)
-
-    def _run(self) -> None:
-        done = False
-        while not done:
-            done = self._done.wait(1.0)
-            with contextlib.suppress(ray.exceptions.RayError):  # an outage of the head: ask again
-                for line in ray.get(self._progress.take.remote(), timeout=10):
-                    self._show(line)

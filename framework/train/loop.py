@@ -36,13 +36,14 @@ def train(
     engine: Engine,
     objective: Objective,
     steps: Iterable[StepInput],
-    after_step: Callable[[StepOutput], None],
+    after_step: Callable[[StepOutput], bool],
     *,
     dp_size: int,
     device: torch.device,
 ) -> None:
-    """Train on `steps`; the loss of a step is the mean over its N planned loss-bearing tokens.
+    """Train on `steps`, to their end or until `after_step` gives False.
 
+    The loss of a step is the mean over its N planned loss-bearing tokens.
     The engine averages gradients over ranks and sums them over a rank's packs, so each pack's loss
     sum is scaled by dp_size / N and by nothing else.
     """
@@ -53,4 +54,5 @@ def train(
             loss = sums.sum() / inputs.loss_tokens
             engine.backward(loss * dp_size)
             loss_share += loss.detach()
-        after_step(StepOutput(inputs, loss_share, engine.step()))
+        if not after_step(StepOutput(inputs, loss_share, engine.step())):
+            return

@@ -91,41 +91,48 @@ class Reporter:
         tracker: Tracker,
         throughput: Throughput,
         show: Callable[[dict[str, Any]], None],
+        stop_asked: Callable[[], bool],
         *,
         rank: int,
         dp_size: int,
         train: TrainConfig,
     ) -> None:
         self._store, self._tracker, self._throughput, self._show = store, tracker, throughput, show
+        self._stop_asked = stop_asked  # rank 0's answer counts
         self._rank, self._dp_size, self._train = rank, dp_size, train
         self._pending: list[_Step] = []
         self._rows: list[dict[str, Any]] = []
         self._failed: list[str] = []
         self._seconds = self._tokens = self._wait_s = 0.0
 
-    def record(self, output: StepOutput) -> None:
-        """Take one step; every `log_every` steps its window is reduced over ranks and logged."""
+    def record(self, output: StepOutput) -> bool:
+        """Take one step; every `log_every` steps its window is reduced over ranks and logged.
+
+        Whether training is to stop after this step: all ranks say the same.
+        """
         self._pending.append(_Step.of(output))
         done = output.inputs.number + 1
         if done % self._train.log_every == 0 or done == self._train.steps:
-            self.flush()
+            return self.flush()
+        return False
 
-    def flush(self) -> None:
+    def flush(self) -> bool:
         """Sum over ranks what happened since the last call; log it, add it to the ledger.
 
-        RuntimeError where more than `max_lost_share` of the tokens are of clips that failed.
+        Whether a stop was asked for. RuntimeError where more than `max_lost_share` of the tokens
+        are of clips that failed.
         """
         if not self._pending:
-            return
+            return False
+        stop = self._rank == 0 and self._stop_asked()
         sums = torch.tensor(
-            [
-                [step.loss_share.item(), step.lost_tokens, len(step.failed)]
-                for step in self._pending
-            ],
+            [[step.loss_share.item(), step.lost_tokens, len(step.failed)] for step in self._pending]
+            + [[float(stop), 0.0, 0.0]],
             dtype=torch.float64,
         )
         if self._dp_size > 1:
             distributed.all_reduce(sums)
+        stop, sums = bool(sums[-1, 0]), sums[:-1]
         rows = list(zip(self._pending, sums.tolist(), strict=True))
         speed = self._window(len(rows))
         for step, (loss, lost_tokens, num_failed) in rows:
@@ -155,6 +162,7 @@ class Reporter:
                 f"of clips that could not be read (train.max_lost_share="
                 f"{self._train.max_lost_share}); on this rank: {'; '.join(self._failed[:3])}"
             )
+        return stop
 
     def _window(self, num_steps: int) -> dict[str, float]:
         speed = self._throughput.window()

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import tempfile
 import uuid
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,15 @@ def open_tracker(tracking: Any, run: Store, run_name: str, role: str) -> Tracker
     if known.get("run_id") != tracker.run_id or not run.exists(_NAME):
         run.write(_NAME, json.dumps({**known, "run_id": tracker.run_id}).encode())
     return tracker
+
+
+def log_files(tracker: Tracker, store: Store, names: Iterable[str], folder: str) -> None:
+    """Keep objects of a store, wherever it lies, as artifacts below `folder`."""
+    with tempfile.TemporaryDirectory() as scratch:
+        for name in names:
+            path = Path(scratch) / name
+            path.write_bytes(store.read(name))  # the tracker takes a local file
+            tracker.log_artifact(path, folder)
 
 
 def _journal_dir(run: Store, role: str) -> Path:

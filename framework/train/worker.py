@@ -5,6 +5,7 @@ latest committed checkpoint, never Ray: Ray's controller may not have heard of t
 """
 
 import time
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -22,11 +23,14 @@ from framework.data.config import StreamConfig
 from framework.data.plan import Plan
 from framework.data.stream import open_stream
 from framework.diffusion.objective import Objective
+from framework.logs import RunLog
 from framework.storage import Store
 from framework.tracking import NoTracker, Tracker
 from framework.train.config import TrainConfig
 from framework.train.loop import StepInput, StepOutput, train
 from framework.train.prefetch import Prefetch
+from framework.train.preflight import check_workers, refusal, show_checks
+from framework.train.progress import stop_asked
 from framework.train.report import Reporter
 from framework.train.run_tracker import open_tracker
 from framework.train.throughput import Throughput
@@ -47,10 +51,11 @@ class WorkerArgs:
     run_name: str
     plan_digest: str
     shards_url: str
+    first_shard: str
     identity: dict[str, Any]  # the run's config, kept in each checkpoint
     code_version: str
     threads: int
-    progress: ActorHandle
+    board: ActorHandle
 
 
 def work(args: WorkerArgs) -> None:
@@ -60,9 +65,18 @@ def work(args: WorkerArgs) -> None:
     device = ray.train.torch.get_device()
     torch.set_num_threads(args.threads)
     torch.use_deterministic_algorithms(args.train.deterministic, warn_only=True)
+    store = Store(args.run_url)
+    log = RunLog(store, f"rank-{rank:05d}")
+    log.copy()
+    checks = check_workers(store, args.shards_url, args.first_shard, device)
+    if rank == 0:
+        show_checks(checks, "workers", lambda text: _tell(args, rank, {"text": text}))
+    if why := refusal(checks):  # found alike on all ranks; a restart would find it again
+        ray.get(args.board.refuse.remote(why))
+        log.save()
+        return
     _tell(args, rank, {"stage": "building the engine"})
 
-    store = Store(args.run_url)
     plan = Plan(store, args.plan_digest)
     engine = args.engine.build(partial(_model, args), args.optimizer, args.train.steps, device)
     checkpoints = Checkpoints(store.child("checkpoints"))
@@ -85,6 +99,7 @@ def work(args: WorkerArgs) -> None:
         tracker,
         throughput,
         lambda line: _tell(args, rank, line),
+        lambda: stop_asked(args.board),
         rank=rank,
         dp_size=dp_size,
         train=args.train,
@@ -108,15 +123,17 @@ def work(args: WorkerArgs) -> None:
             checkpoints.retain(args.train.keep_checkpoints)
             tracker.log_checkpoint(folder.url, done)
             tracker.log_metrics({"speed/checkpoint_s": time.perf_counter() - began}, done - 1)
+        log.save()
         throughput.skip()
 
-    def after_step(output: StepOutput) -> None:
+    def after_step(output: StepOutput) -> bool:
         inputs = output.inputs
         throughput.step(inputs.tokens, _flops(args, inputs) if args.train.peak_tflops else 0.0)
-        reporter.record(output)
+        stop = reporter.record(output)
         done = inputs.number + 1
-        if done % args.train.checkpoint_every == 0 or done == args.train.steps:
+        if stop or done % args.train.checkpoint_every == 0 or done == args.train.steps:
             commit(done)
+        return not stop
 
     try:
         inputs = _inputs(args, plan, objective, start, rank, dp_size)
@@ -131,9 +148,12 @@ def work(args: WorkerArgs) -> None:
             )
     except BaseException:
         tracker.close("FAILED", timeout_s=5)
+        traceback.print_exc()
+        log.save()
         raise
     # The driver ends the MLflow run: evaluation still writes to it.
     tracker.flush(timeout_s=60)
+    log.save()
 
 
 def _flops(args: WorkerArgs, inputs: StepInput) -> float:
@@ -203,4 +223,4 @@ def _meta(
 
 def _tell(args: WorkerArgs, rank: int, line: dict[str, Any]) -> None:
     if rank == 0:
-        args.progress.tell.remote(line)
+        args.board.tell.remote(line)

@@ -1,0 +1,159 @@
+"""`ray job submit` to a cluster with tokens: code and overrides arrive, refusals are clear."""
+
+import contextlib
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from framework.checkpoint import Checkpoints
+from framework.storage import Store
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+ROOT = Path(__file__).resolve().parent.parent
+BIN = Path(sys.executable).parent
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A running head, and the environment in which its token is known."""
+
+    dashboard: str
+    address: str
+    environment: dict[str, str]
+
+    def submit(self, working_dir: Path, *command: str, **environment: str) -> tuple[int, str]:
+        """`ray job submit`, to its end; the exit status and what was printed."""
+        done = subprocess.run(
+            [
+                *(str(BIN / "ray"), "job", "submit", "--address", self.dashboard),
+                *("--working-dir", str(working_dir), "--", *command),
+            ],
+            env={**self.environment, **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=300,
+        )
+        return done.returncode, done.stdout
+
+
+def with_token(home: Path, token: str) -> dict[str, str]:
+    path = home / f"token-{secrets.token_hex(4)}"
+    path.touch(mode=0o600)
+    path.write_text(token)
+    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(path), "HOME": str(home)}
+
+
+@pytest.fixture
+def cluster(tmp_path: Path, free_port: Callable[[], int]) -> Iterator[Cluster]:
+    """`ray start --head` with a token of its own, on ports of its own."""
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
+        **with_token(tmp_path, secrets.token_hex(32)),
+        "PATH": f"{BIN}:{os.environ['PATH']}",  # a job's `python` is the head's
+    }
+    port, dashboard = free_port(), free_port()
+    with tempfile.TemporaryDirectory(prefix="lt-", dir="/tmp") as folder:  # sockets want it short
+        log = tmp_path / "head.log"
+        head = subprocess.Popen(
+            [
+                *(str(BIN / "ray"), "start", "--head", "--block", "--disable-usage-stats"),
+                *("--node-ip-address=127.0.0.1", f"--port={port}"),
+                *(f"--dashboard-port={dashboard}", f"--ray-client-server-port={free_port()}"),
+                *("--dashboard-agent-listen-port=0", "--min-worker-port=0", "--max-worker-port=0"),
+                *("--num-cpus=3", f"--object-store-memory={1100 << 20}", f"--temp-dir={folder}"),
+            ],
+            env=environment,
+            stdout=log.open("w"),
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            url = f"http://127.0.0.1:{dashboard}"
+            while not answers(url):
+                assert head.poll() is None, log.read_text()
+                time.sleep(0.2)
+            yield Cluster(url, f"127.0.0.1:{port}", environment)
+        finally:
+            os.killpg(head.pid, signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                head.wait(timeout=30)
+            with contextlib.suppress(ProcessLookupError):  # whatever Ray left of its own session
+                os.killpg(head.pid, signal.SIGKILL)
+
+
+def answers(url: str) -> bool:
+    try:
+        urllib.request.urlopen(f"{url}/api/version", timeout=5).close()
+    except urllib.error.HTTPError:
+        return True  # it wants a token
+    except OSError:
+        return False
+    return True
+
+
+def test_the_line_runs_as_a_job(
+    cluster: Cluster, small_line: list[str], small_data: list[str], tmp_path: Path
+) -> None:
+    # Another version than the installed one: what runs must be what was sent.
+    code = tmp_path / "code"
+    for name in ("framework", "model_zoo", "conf"):
+        shutil.copytree(ROOT / name, code / name, ignore=shutil.ignore_patterns("__pycache__"))
+    init = code / "framework/__init__.py"
+    init.write_text(init.read_text().replace("__version__ = ", '__version__ = "sent-" + '))
+
+    line = [*small_line, *small_data, "tracking.experiment=two words", "optimizer.lr=5e-4"]
+    returncode, output = cluster.submit(code, "python", "-m", "framework.train", *line)
+    assert returncode == 0, output
+    assert "step     12/12" in output
+    run = Store(tmp_path / "runs/small")
+    checkpoint = Checkpoints(run.child("checkpoints")).latest()
+    assert checkpoint is not None
+    assert checkpoint.step == 12
+    assert checkpoint.meta["code_version"].startswith("sent-")
+    assert checkpoint.meta["config"]["tracking.experiment"] == "two words"
+    assert checkpoint.meta["config"]["optimizer.lr"] == 5e-4
+    assert (
+        "sent-" in (run.local_path() / "logs/driver.log").read_text()
+    )  # on all ranks, says preflight
+
+    # A relative path would lie in Ray's own copy of the code, and be deleted with it.
+    relative = [o for o in line if not o.startswith("run.root")] + ["run.root=runs"]
+    returncode, output = cluster.submit(code, "python", "-m", "framework.train", *relative)
+    assert returncode != 0
+    assert "run.root=runs lies in the job's own copy of the code" in output
+    assert "Traceback" not in output
+
+    wrong = with_token(tmp_path, secrets.token_hex(32))
+    returncode, output = cluster.submit(code, "python", "-c", "print('in')", **wrong)
+    assert returncode != 0
+    assert "authentication token is invalid" in output
+
+    driver = subprocess.run(
+        [
+            *(sys.executable, "-m", "framework.train", *line, "run.name=outside"),
+            f"cluster.address={cluster.address}",
+        ],
+        env={**cluster.environment, **wrong},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=200,
+    )
+    assert driver.returncode == 2, driver.stdout
+    assert f"no Ray cluster can be joined at {cluster.address}" in driver.stdout
+    assert "RAY_AUTH_TOKEN_PATH must be as on the head" in driver.stdout
+    assert "Traceback" not in driver.stdout
