@@ -2,22 +2,39 @@
 
 Only this file imports PyAV. Everything runs on one thread, since the workers around it are many,
 and with the scaler's bit-exact paths, so that one file gives the same pixels on every machine.
-Pixels are taken as square. A rotation that the file asks for (phones do) is applied.
+
+Frames are what a player shows: at even times, of square pixels, upright.
+
+- Time. A video that shows n frames has n slots of equal length, from its first frame to its end;
+  frame i is what is on screen in the middle of slot i. At a constant rate that is the i-th frame,
+  though its time be rounded; at a variable one some frames come twice, and others not at all.
+- Shape. Pixels that are not square grow to squares, in width or in height; none shrink. Then comes
+  the rotation or mirroring that the file asks for (phones, EXIF). The first frame decides; one that
+  has another size fits the same box. The two fields of an interlaced frame stay woven.
+- Colour. The matrix and range that the file names. Else BT.709 from 1280 columns or 720 rows on and
+  BT.601 below, of limited range. Alpha is dropped. Primaries and colour profiles are not converted,
+  and PQ and HLG, which want tone mapping, are refused.
 
 Invariant: whatever the bytes are, the caller sees a result or `VideoError`, and nothing stays open.
 """
 
 import io
+from bisect import bisect_right
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import chain
+from typing import Any
 
 import av
 import numpy as np
 from av.container import InputContainer
+from av.filter import Graph
+from av.packet import Packet
 from av.video.frame import VideoFrame
-from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
+from av.video.reformatter import ColorRange, Colorspace, ColorTrc, Interpolation, VideoReformatter
 from av.video.stream import VideoStream
 
 # A rate that stands for "one frame, no rate": above zero, so that durations stay finite.
@@ -26,13 +43,19 @@ STILL_FPS = 1.0
 # Demuxers that read one self-contained file. Playlists (hls, concat, dash) are left out on purpose:
 # the bytes come from strangers, and a playlist makes FFmpeg open other files and addresses.
 _FORMATS = "mov,matroska,avi,mpegts,mpeg,flv,ogg,png_pipe,jpeg_pipe,webp_pipe"
+# 8K video has a quarter of it. Without a limit some kB of PNG take gigabytes. Chosen by hand.
+_MAX_PIXELS = 1 << 27
+
+# Values of the fields for matrix and transfer, ITU-T H.273.
+_BT709, _UNSPECIFIED = 1, 2
+_MATRICES = (0, _BT709, _UNSPECIFIED, 4, 5, 6, 7, 9)  # what the scaler converts; 0 is RGB itself
+_HDR: dict[int, str] = {ColorTrc.SMPTE2084: "PQ", ColorTrc.ARIB_STD_B67: "HLG"}
 
 # Full chroma interpolation keeps coloured edges where they are in small frames; the other two make
 # the result independent of the SIMD instructions of the machine.
 _EXACT = Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
 # Bilinear weights widen when shrinking, so there is no aliasing; bicubic would overshoot.
 _SCALING = Interpolation.BILINEAR | _EXACT
-_BT709 = 1  # the value of BT.709 in H.264's primaries, transfer and matrix fields (ITU-T H.273)
 
 
 class VideoError(ValueError):
@@ -41,72 +64,56 @@ class VideoError(ValueError):
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What the frames of a file are, as shown (rotation applied)."""
+    """What the frames of a file are, as shown: upright, of square pixels."""
 
     num_frames: int
-    fps: float  # frames a second; STILL_FPS where there is one frame
+    fps: float  # num_frames by the duration in seconds; STILL_FPS where there is one frame
     height: int
     width: int
 
 
-@contextmanager
-def _open(data: bytes) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """The container of `data` and its main video stream; FFmpeg's errors become VideoError."""
-    try:
-        options = {"format_whitelist": _FORMATS}
-        with av.open(
-            io.BytesIO(data), container_options=options, metadata_errors="ignore"
-        ) as container:
-            stream = container.streams.best("video")
-            if stream is None or stream.codec_context is None:
-                raise VideoError("The bytes hold no video stream of a known codec.")
-            stream.codec_context.thread_count = 1
-            stream.codec_context.thread_type = "NONE"
-            # Without it a JPEG that is cut off comes out half grey instead of failing.
-            stream.codec_context.options = {"err_detect": "explode"}
-            yield container, stream
-    except av.error.FFmpegError as error:
-        raise VideoError(
-            f"FFmpeg cannot read these {len(data)} bytes: {error.strerror}."
-        ) from error
+@dataclass(frozen=True)
+class _Video:
+    """An open file: its frames, and how they are to be shown."""
 
+    frames: Iterator[VideoFrame]  # in the order of presentation
+    times: list[int]  # of the frames, in ticks from the first
+    slot: float  # in ticks
+    fps: float
+    size: tuple[int, int]  # height and width as coded
+    aspect: Fraction  # width of a pixel by its height
+    turned: bool  # columns are shown as rows, and then
+    upside_down: bool
+    mirrored: bool  # left and right
 
-def _quarter_turns(frame: VideoFrame) -> int:
-    """How many times the frame is to be turned by 90 degrees counter-clockwise."""
-    return round(frame.rotation / 90) % 4
+    def number(self, index: int) -> int:
+        """Which of `frames` is on screen in the middle of slot `index`."""
+        return bisect_right(self.times, (index + 0.5) * self.slot) - 1
 
 
 def probe(data: bytes) -> VideoInfo:
     """Number of frames, rate and size of a video, or of a still (PNG, JPEG, WebP: one frame).
 
-    Frames are counted by walking the packets, which decodes nothing and takes milliseconds: the
-    container's own count is absent in some formats and wrong after a cut. The first frame is
-    decoded, so that a file without a usable decoder fails here. Raises VideoError.
+    Frames are counted by walking the packets, which takes milliseconds: the container's own count
+    is absent in some formats and wrong after a cut. Only the first frame is decoded, so that what
+    cannot be decoded or converted fails here. Raises VideoError.
     """
-    num_frames, first = 0, None
-    with _open(data) as (container, stream):
-        for packet in container.demux(stream):
-            if packet.is_corrupt:
-                raise VideoError(f"Packet {num_frames} is cut off or damaged.")
-            if first is None:
-                first = next(iter(packet.decode()), None)
-            if packet.size and not packet.is_discard:
-                num_frames += 1
-        rate = stream.average_rate or stream.guessed_rate
-    if first is None or num_frames == 0:
-        raise VideoError("The video holds no frame that can be decoded.")
-    if num_frames > 1 and not rate:
-        raise VideoError(f"The video has {num_frames} frames but no frame rate.")
-    fps = float(rate) if rate and num_frames > 1 else STILL_FPS
-    size = (first.height, first.width)
-    height, width = size[::-1] if _quarter_turns(first) % 2 else size
-    return VideoInfo(num_frames, fps, height, width)
+    with _open(data) as video:
+        height, width = video.size
+        # As HTML has it: one side grows, the other stays.
+        if video.aspect > 1:
+            width = round(width * video.aspect)
+        else:
+            height = round(height / video.aspect)
+        if video.turned:
+            height, width = width, height
+        return VideoInfo(len(video.times), video.fps, height, width)
 
 
 def decode(
     data: bytes, indices: Sequence[int], height: int, width: int, flip: bool = False
 ) -> np.ndarray:
-    """The frames at `indices` (presentation order, from 0), (T, height, width, 3) uint8 RGB.
+    """The frames in the slots `indices` (from 0), (T, height, width, 3) uint8 RGB.
 
     Each frame is scaled, keeping its aspect ratio, until it just covers the box, and what stands
     over is cut off evenly on both sides. `flip` mirrors left and right. Indices may come in any
@@ -116,43 +123,166 @@ def decode(
         raise ValueError(f"indices={list(indices)} must be one or more numbers from 0")
     if height < 1 or width < 1:
         raise ValueError(f"height={height} and width={width} must be at least 1")
-    last, wanted = max(indices), set(indices)
-    found: dict[int, np.ndarray] = {}
-    num_frames = 0
-    scaler = VideoReformatter()
-    with _open(data) as (container, stream):
-        for frame in container.decode(stream):
-            if num_frames in wanted:
-                found[num_frames] = _fit(frame, scaler, height, width)
-            num_frames += 1
-            if num_frames > last:
-                break
-    if num_frames <= last:
-        raise VideoError(f"Frame {last} was asked for, but the video ends after {num_frames}.")
-    frames = np.stack([found[index] for index in indices])
-    return np.ascontiguousarray(frames[:, :, ::-1]) if flip else frames
+    with _open(data) as video:
+        last, end = max(indices), len(video.times)
+        if last >= end:
+            raise VideoError(f"Frame {last} was asked for, but the video ends after {end}.")
+        rows: dict[int, list[int]] = defaultdict(list)
+        for row, index in enumerate(indices):
+            rows[video.number(index)].append(row)
+        box = (width, height) if video.turned else (height, width)
+        pixels = np.empty((len(indices), *box, 3), np.uint8)
+        scaler = VideoReformatter()
+        for number, frame in enumerate(video.frames):
+            if number in rows:
+                picture = _fit(frame, video.aspect, scaler, *box)
+                for row in rows.pop(number):
+                    pixels[row] = picture
+                if not rows:
+                    break
+    if rows:
+        raise VideoError(f"Frame {min(rows)} was asked for, but the video ends after {number + 1}.")
+    if video.turned:
+        pixels = pixels.swapaxes(1, 2)
+    vertical = -1 if video.upside_down else 1
+    horizontal = -1 if video.mirrored != flip else 1
+    return np.ascontiguousarray(pixels[:, ::vertical, ::horizontal])
 
 
-def _fit(frame: VideoFrame, scaler: VideoReformatter, height: int, width: int) -> np.ndarray:
+@contextmanager
+def _open(data: bytes) -> Iterator[_Video]:
+    """The main video of `data`; FFmpeg's errors become VideoError."""
+    options = {"format_whitelist": _FORMATS, "max_pixels": str(_MAX_PIXELS)}
+    try:
+        with av.open(io.BytesIO(data), options=options, metadata_errors="ignore") as container:
+            stream = container.streams.best("video")
+            if stream is None or stream.codec_context is None:
+                raise VideoError("The bytes hold no video stream of a known codec.")
+            yield _read(container, stream, len(data))
+    except av.error.FFmpegError as error:
+        raise VideoError(
+            f"FFmpeg cannot read these {len(data)} bytes: {error.strerror}."
+        ) from error
+
+
+def _read(container: InputContainer, stream: VideoStream, size_bytes: int) -> _Video:
+    """Fetch all packets, which is little beside decoding them, and look at the first frame."""
+    stream.codec_context.thread_count = 1
+    stream.codec_context.thread_type = "NONE"
+    # Without err_detect a JPEG that is cut off comes out half grey instead of failing.
+    stream.codec_context.options = {"err_detect": "explode", "max_pixels": str(_MAX_PIXELS)}
+
+    packets: list[Packet] = []
+    budget = 2 * size_bytes  # Matroska may keep headers that all packets share in one place
+    for packet in container.demux(stream):
+        if packet.is_corrupt:
+            raise VideoError(f"Packet {len(packets)} is cut off or damaged.")
+        budget -= packet.size
+        if budget < 0:
+            raise VideoError(f"The packets have more than the file's {size_bytes} bytes.")
+        if packet.size:  # an empty one means the end to a decoder
+            packets.append(packet)
+
+    frames = (frame for packet in (*packets, None) for frame in stream.decode(packet))
+    first = next(frames, None)
+    if first is None:
+        raise VideoError("The video holds no frame that can be decoded.")
+    if first.color_trc in _HDR:
+        raise VideoError(f"The video is {_HDR[first.color_trc]} (HDR); convert it to SDR.")
+    if first.colorspace not in _MATRICES:
+        raise VideoError(f"The video's colour matrix ({first.colorspace}) is not supported.")
+    times, slot, fps = _timeline(stream, packets, first)
+    is_still = container.format.name.endswith("_pipe")  # whose density is meant for printers
+    return _Video(
+        chain([first], frames),
+        times,
+        slot,
+        fps,
+        (first.height, first.width),
+        (not is_still and stream.sample_aspect_ratio) or Fraction(1),
+        *_orientation(first),
+    )
+
+
+def _timeline(
+    stream: VideoStream, packets: list[Packet], first: VideoFrame
+) -> tuple[list[int], float, float]:
+    """When each frame is shown, in ticks from the first; the ticks of a slot; frames a second."""
+    shown = [packet for packet in packets if not packet.is_discard]  # an edit list cuts the others
+    stamps = sorted((p.pts, p.duration or 0) for p in shown if p.pts is not None)
+    rate = float(stream.average_rate or stream.guessed_rate or 0)
+    if len(stamps) < len(shown) or first.pts is None or stamps[-1][0] <= first.pts:  # no times
+        if len(shown) > 1 and not rate:
+            raise VideoError(f"The video has {len(shown)} frames but no frame rate.")
+        return list(range(len(shown))), 1.0, rate if len(shown) > 1 else STILL_FPS
+
+    # Frames before the first lean on others that were cut away, and cannot be decoded.
+    times = [stamp - first.pts for stamp, _ in stamps if stamp >= first.pts]
+    last, duration = stamps[-1]
+    # In MP4 durations of packets are in the order of decoding, so that the whole knows better.
+    whole = (stream.start_time or 0) + (stream.duration or 0)
+    duration = whole - last if whole > last else duration
+    slot = mean = times[-1] / max(1, len(times) - 1)
+    is_even = all(abs(time - number * mean) < mean / 2 for number, time in enumerate(times))
+    if duration > 0 and not (is_even and duration < 1.5 * mean):
+        slot = (times[-1] + duration) / len(times)
+    tick = float(stream.time_base or 1)
+    # The nominal rate is the exact one where it fits the times, which are rounded to ticks.
+    if rate and abs(1 / rate - slot * tick) * len(times) <= 2 * tick:
+        return times, slot, rate
+    return times, slot, 1 / (slot * tick)
+
+
+def _orientation(frame: VideoFrame) -> tuple[bool, bool, bool]:
+    """Whether columns are shown as rows, and then upside down, and left as right."""
+    try:
+        side_data: Any = frame.side_data
+    except ValueError:
+        # PyAV 18.1 lists no side data where one is of a kind that it has no name for, such as 31,
+        # EXIF, of which FFmpeg has made a matrix already. Let FFmpeg drop these kinds.
+        graph = Graph()
+        source = graph.add_buffer(None, frame.width, frame.height, frame.format, None, Fraction(1))
+        drops = [graph.add("sidedata", f"mode=delete:type={kind}") for kind in range(28, 32)]
+        graph.link_nodes(source, *drops, graph.add("buffersink")).configure()
+        graph.vpush(frame)
+        side_data = graph.vpull().side_data
+    if "DISPLAYMATRIX" not in side_data:
+        return False, False, False
+    # A pixel at (x, y) is shown at (a x + c y, b x + d y).
+    a, b, _, c, d = np.frombuffer(side_data["DISPLAYMATRIX"], np.int32, 5).tolist()
+    turned = abs(b) > abs(a)
+    right, down = (c, b) if turned else (a, d)
+    return turned, down < 0, right < 0
+
+
+def _fit(
+    frame: VideoFrame, aspect: Fraction, scaler: VideoReformatter, height: int, width: int
+) -> np.ndarray:
     """One frame scaled to cover (height, width) and centre-cropped, (height, width, 3) uint8."""
-    turns = _quarter_turns(frame)
-    if turns % 2:
-        height, width = width, height
     # Written with integers: the covering side is exact, the other rounds to nearest.
-    if height * frame.width >= width * frame.height:
-        tall, wide = height, max(width, round(frame.width * height / frame.height))
+    rows, columns = frame.height * aspect.denominator, frame.width * aspect.numerator
+    if height * columns >= width * rows:
+        tall, wide = height, max(width, round(columns * height / rows))
     else:
-        tall, wide = max(height, round(frame.height * width / frame.width)), width
-    rgb = scaler.reformat(
+        tall, wide = max(height, round(rows * width / columns)), width
+    if tall * wide > _MAX_PIXELS:
+        raise VideoError(f"A frame of {rows}:{columns} is too narrow for {height}x{width}.")
+    matrix = None
+    if frame.colorspace == _UNSPECIFIED:
+        is_large = frame.width >= 1280 or frame.height >= 720
+        matrix = Colorspace.ITU709 if is_large else Colorspace.ITU601
+    plane = scaler.reformat(
         frame,
         width=wide,
         height=tall,
         format="rgb24",
+        src_colorspace=matrix,
         interpolation=_SCALING,
         threads=1,
-    ).to_ndarray()
+    ).planes[0]
     top, left = (tall - height) // 2, (wide - width) // 2
-    return np.rot90(rgb[top : top + height, left : left + width], turns)
+    lines = np.frombuffer(memoryview(plane), np.uint8).reshape(tall, plane.line_size)
+    return lines[top : top + height, 3 * left : 3 * (left + width)].reshape(height, width, 3)
 
 
 def encode(frames: np.ndarray, fps: float, crf: int = 20) -> bytes:

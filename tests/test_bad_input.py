@@ -251,6 +251,7 @@ def said_by(command: list[str]) -> str:
     return str(caught.value)
 
 
+@pytest.mark.slow
 def test_an_unknown_choice_of_a_group_lists_the_known_ones(tmp_path: Path) -> None:
     done = command_line("framework.train", "experiment=demo", "model=dit_xxl")
     assert done.returncode != 0
@@ -286,6 +287,7 @@ def test_an_empty_or_absent_bucket_says_so(
     assert words in str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", ["", "wrong"], ids=["missing", "wrong"])
 def test_missing_and_wrong_credentials_are_a_sentence(key: str, tmp_path: Path) -> None:
     with denying_server() as server:
@@ -331,6 +333,7 @@ def denying_server() -> Iterator[str]:
         server.shutdown()
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_a_sentence(tmp_path: Path) -> None:
     """In a mount namespace of its own, with a disk of a megabyte."""
     disk = tmp_path / "disk"

@@ -36,11 +36,13 @@ class Cluster:
 
     def submit(self, working_dir: Path, *command: str, **environment: str) -> tuple[int, str]:
         """`ray job submit`, to its end; the exit status and what was printed."""
+        options = ("--working-dir", str(working_dir), "--", *command)
+        return self.job("submit", *options, **environment)
+
+    def job(self, word: str, *arguments: str, **environment: str) -> tuple[int, str]:
+        """`ray job WORD …`; the exit status and what was printed."""
         done = subprocess.run(
-            [
-                *(str(BIN / "ray"), "job", "submit", "--address", self.dashboard),
-                *("--working-dir", str(working_dir), "--", *command),
-            ],
+            [str(BIN / "ray"), "job", word, "--address", self.dashboard, *arguments],
             env={**self.environment, **environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -130,6 +132,8 @@ def test_the_line_runs_as_a_job(
         "sent-" in (run.local_path() / "logs/driver.log").read_text()
     )  # on all ranks, says preflight
 
+    stop_it(cluster, code, [*line, "run.name=stopped", "train.steps=2000"], tmp_path)
+
     # A relative path would lie in Ray's own copy of the code, and be deleted with it.
     relative = [o for o in line if not o.startswith("run.root")] + ["run.root=runs"]
     returncode, output = cluster.submit(code, "python", "-m", "framework.train", *relative)
@@ -157,3 +161,21 @@ def test_the_line_runs_as_a_job(
     assert f"no Ray cluster can be joined at {cluster.address}" in driver.stdout
     assert "RAY_AUTH_TOKEN_PATH must be as on the head" in driver.stdout
     assert "Traceback" not in driver.stdout
+
+
+def stop_it(cluster: Cluster, code: Path, line: list[str], tmp_path: Path) -> None:
+    """`ray job stop` on a run: it commits and stops where it is."""
+    patience = '{"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "200"}}'
+    options = ["--no-wait", "--submission-id=stopped", f"--runtime-env-json={patience}"]
+    options += ["--working-dir", str(code), "--", "python", "-m", "framework.train", *line]
+    returncode, output = cluster.job("submit", *options)
+    assert returncode == 0, output
+    run = Store(tmp_path / "runs/stopped")
+    checkpoints = Checkpoints(run.child("checkpoints"))
+    while not checkpoints.committed_steps():
+        returncode, output = cluster.job("status", "stopped")
+        assert "RUNNING" in output or "PENDING" in output, cluster.job("logs", "stopped")[1]
+    returncode, output = cluster.job("stop", "stopped")
+    assert returncode == 0, output
+    log = (run.local_path() / "logs/driver.log").read_text()
+    assert f"stopped at step {checkpoints.committed_steps()[-1]}, committed" in log

@@ -71,6 +71,7 @@ def test_the_page_has_a_command_where_no_server_shows_it(tmp_path: Path) -> None
     config = MlflowConfig(f"sqlite:///{tmp_path}/my runs/mlflow.db")
     url, command = config.page() or ("", "")
     words = shlex.split(command)
+    assert url == f"http://127.0.0.1:{words[-1]}"
     assert Path(words[0]).name == "mlflow"
     options = dict(zip(words[2::2], words[3::2], strict=True))
     assert options["--backend-store-uri"] == config.uri

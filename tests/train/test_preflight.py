@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from torch import distributed
 
@@ -83,6 +84,7 @@ def two_ranks(tmp_path: Path, trouble: str) -> dict[str, str]:
     return first
 
 
+@pytest.mark.slow
 def test_two_ranks_agree_and_reduce(tmp_path: Path) -> None:
     found = two_ranks(tmp_path, "none")
     assert not any(text.startswith("FAIL") for text in found.values())
@@ -91,6 +93,7 @@ def test_two_ranks_agree_and_reduce(tmp_path: Path) -> None:
     assert "2 ranks, gloo, 16 MiB" in found["all-reduce"]
 
 
+@pytest.mark.slow
 def test_one_rank_without_storage_stops_both(tmp_path: Path) -> None:
     found = two_ranks(tmp_path, "storage")
     assert found["storage"].startswith("FAIL")
@@ -98,6 +101,7 @@ def test_one_rank_without_storage_stops_both(tmp_path: Path) -> None:
     assert not found["all-reduce"]  # not tried
 
 
+@pytest.mark.slow
 def test_one_rank_with_other_packages_stops_both(tmp_path: Path) -> None:
     found = two_ranks(tmp_path, "versions")
     assert found["versions"].startswith("FAIL")
