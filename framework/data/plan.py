@@ -97,6 +97,11 @@ def make_epoch(
     clips = manifest.table.filter(pc.equal(manifest.table["split"], split))
     rows, refused = _epoch_rows(clips, recipe, epoch, sources, num_text_tokens)
     causes = {c["values"]: c["counts"] for c in pc.value_counts(refused["cause"]).to_pylist()}
+    if not clips.num_rows:
+        raise ValueError(
+            f"the manifest has no clip of split {split!r}; index again with another "
+            "data.heldout_fraction"
+        )
     if not rows.num_rows:
         raise ValueError(
             f"none of {clips.num_rows} clips of split {split!r} can be used; refused: {causes}; "

@@ -35,6 +35,9 @@ from framework.train.progress import Line, Stopped, follow, make_board
 from framework.train.run_tracker import open_tracker
 from framework.train.worker import WorkerArgs, work
 
+# Of a checkpoint: float32 weights, two moments of Adam, and the EMA.
+BYTES_PER_PARAMETER = 16
+
 
 @dataclass(frozen=True)
 class Job:
@@ -111,27 +114,8 @@ def train(job: Job, show: Callable[[Line], None], store: Store) -> Result:
         threads=job.cluster.threads_per_worker,
         board=board,
     )
-    gpus = job.cluster.gpus_per_worker
-    trainer = TorchTrainer(
-        work,
-        train_loop_config=args,
-        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if gpus else "gloo"),
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=job.cluster.num_workers,
-            use_gpu=gpus > 0,
-            resources_per_worker={
-                "CPU": job.cluster.cpus_per_worker,
-                **({"GPU": 1} if gpus else {}),
-            },
-        ),
-        run_config=ray.train.RunConfig(
-            name=store.url.rsplit("/", 1)[-1],
-            storage_path=_ray_storage(store),
-            failure_config=ray.train.FailureConfig(max_failures=job.cluster.max_failures),
-        ),
-    )
     try:
-        stopped = follow(board, trainer.fit, show)
+        stopped = follow(board, _trainer(job.cluster, store, args).fit, show)
     except TrainingFailedError as error:
         _close(job, store, "FAILED")
         raise SystemExit(f"training failed in {store.url}: {error}") from error
@@ -149,6 +133,26 @@ def train(job: Job, show: Callable[[Line], None], store: Store) -> Result:
     assert checkpoint is not None, store.url
     assert checkpoint.step == job.train.steps, checkpoint
     return Result(store, checkpoint, run_id, plan)
+
+
+def _trainer(cluster: ClusterConfig, store: Store, args: WorkerArgs) -> TorchTrainer:
+    """Ray Train's part: start the workers as a group, and again when one dies."""
+    gpus = cluster.gpus_per_worker
+    return TorchTrainer(
+        work,
+        train_loop_config=args,
+        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if gpus else "gloo"),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=cluster.num_workers,
+            use_gpu=gpus > 0,
+            resources_per_worker={"CPU": cluster.cpus_per_worker, **({"GPU": 1} if gpus else {})},
+        ),
+        run_config=ray.train.RunConfig(
+            name=store.url.rsplit("/", 1)[-1],
+            storage_path=_ray_storage(store),
+            failure_config=ray.train.FailureConfig(max_failures=cluster.max_failures),
+        ),
+    )
 
 
 def _check_plan(latest: Checkpoint, plan: Plan, store: Store) -> None:
@@ -169,9 +173,14 @@ def _preflight(
     The tracker's id of the run, where it answers; ValueError where a check fails.
     """
     tracker = open_tracker(job.tracking, store, job.run.name, "driver")
-    memory_mb = job.cluster.num_workers * job.assembly.data.stream.object_store_mb
     checks = check_driver(
-        store, manifest.shards_url, manifest.first_shard, tracker, memory_mb, object_store_mb()
+        store,
+        manifest.shards_url,
+        manifest.first_shard,
+        tracker,
+        checkpoint_bytes=BYTES_PER_PARAMETER * job.assembly.num_parameters(),
+        streams_mb=job.cluster.num_workers * job.assembly.data.stream.object_store_mb,
+        object_store_mb=object_store_mb(),
     )
     show_checks(checks, "driver", lambda text: show({"text": text}))
     tracker.log_params(job.identity)

@@ -65,24 +65,29 @@ def check_driver(
     shards_url: str,
     shard: str,
     tracker: Tracker,
-    ranks_memory_mb: int,
+    *,
+    checkpoint_bytes: int,
+    streams_mb: int,
     object_store_mb: float,
 ) -> list[Check]:
     """Storage, shards, MLflow and Ray's memory, seen from the driver.
 
-    `ranks_memory_mb`: of the object store, which all ranks' streams may take; `object_store_mb`:
-    what the cluster has.
+    `streams_mb`: what all ranks' streams may take of Ray's object store, which has
+    `object_store_mb`.
     """
     return [
-        check_storage(run),
+        check_storage(run, checkpoint_bytes),
         check_shards(shards_url, shard),
         _check_tracker(tracker),
-        _check_object_store(ranks_memory_mb, object_store_mb),
+        _check_object_store(streams_mb, object_store_mb),
     ]
 
 
-def check_storage(run: Store) -> Check:
-    """Write an object to the run's folder, read it and delete it."""
+def check_storage(run: Store, checkpoint_bytes: int = 0) -> Check:
+    """Write an object to the run's folder, read it and delete it; see whether checkpoints fit.
+
+    One is written before an older one is deleted, so there must be room for two.
+    """
     name, payload = f"preflight/{uuid.uuid4().hex}", uuid.uuid4().bytes
     began = time.perf_counter()
     try:
@@ -99,6 +104,15 @@ def check_storage(run: Store) -> Check:
             f"{run.url} gave back other bytes than were written",
             "see whether a proxy or a time-limited cache stands before it",
         )
+    if run.is_local and checkpoint_bytes:
+        free = shutil.disk_usage(run.local_path()).free
+        if free < 2 * checkpoint_bytes:
+            return Check(
+                "storage",
+                f"{run.url} has {free / 1e6:,.0f} MB free, two checkpoints take "
+                f"{2 * checkpoint_bytes / 1e6:,.0f} MB",
+                "delete what is old there, or name another run.root",
+            )
     took_ms = 1000 * (time.perf_counter() - began)
     return Check("storage", f"{run.url} written, read and deleted in {took_ms:.0f} ms")
 

@@ -13,9 +13,16 @@ from torch import distributed
 from framework.storage import Store
 from framework.tracking import MlflowConfig, NoTracker
 from framework.train import preflight
-from framework.train.preflight import Check, check_driver, check_workers, refusal
+from framework.train.preflight import (
+    Check,
+    check_driver,
+    check_storage,
+    check_workers,
+    refusal,
+)
 
 CPU = torch.device("cpu")
+ROOM = {"checkpoint_bytes": 1, "streams_mb": 512, "object_store_mb": 1024.0}
 
 
 def shards(folder: Path) -> tuple[str, str]:
@@ -30,7 +37,7 @@ def by_name(checks: list[Check]) -> dict[str, Check]:
 
 def test_all_is_well(tmp_path: Path) -> None:
     run = Store(tmp_path / "run")
-    checks = check_driver(run, *shards(tmp_path), NoTracker(), 512, 1024.0)
+    checks = check_driver(run, *shards(tmp_path), NoTracker(), **ROOM)
     checks += check_workers(run, *shards(tmp_path), CPU)
     assert refusal(checks) is None
     assert [check.name for check in checks if check.is_note] == ["tracking"]
@@ -41,7 +48,13 @@ def test_a_failed_look_names_the_cure(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")  # a folder cannot lie below it, not even for root
     url, _ = shards(tmp_path)
     checks = by_name(
-        check_driver(Store(tmp_path / "file/run"), url, "gone.tar", NoTracker(), 2048, 1024.0)
+        check_driver(
+            Store(tmp_path / "file/run"),
+            url,
+            "gone.tar",
+            NoTracker(),
+            **{**ROOM, "streams_mb": 2048},
+        )
     )
     assert {name for name, check in checks.items() if check.failed} == {
         "storage",
@@ -57,10 +70,17 @@ def test_a_failed_look_names_the_cure(tmp_path: Path) -> None:
     assert "cure: " in str(checks["storage"])
 
 
+def test_a_disk_too_full_for_two_checkpoints_is_found_before_the_first(tmp_path: Path) -> None:
+    check = check_storage(Store(tmp_path), checkpoint_bytes=1 << 60)
+    assert check.failed
+    assert "two checkpoints take" in check.detail
+    assert "another run.root" in check.cure
+
+
 def test_an_absent_mlflow_is_announced_and_no_failure(tmp_path: Path, free_port) -> None:
     config = MlflowConfig(f"http://127.0.0.1:{free_port()}")
     tracker = config.build("run", tmp_path / "journal")
-    checks = by_name(check_driver(Store(tmp_path), *shards(tmp_path), tracker, 1, 1.0))
+    checks = by_name(check_driver(Store(tmp_path), *shards(tmp_path), tracker, **ROOM))
     tracker.close(None, timeout_s=0)
     assert checks["tracking"].is_note
     assert "MLflow does not answer" in checks["tracking"].detail
