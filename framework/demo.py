@@ -176,8 +176,7 @@ def _print(terminal: Terminal, summary: dict[str, Any], config: RunConfig) -> No
     for url in summary["samples"]:
         terminal.say(f"  {url.removeprefix('file://')}")
     terminal.say(f"\nsummary: {join_url(summary['run'], 'summary.json').removeprefix('file://')}")
-    if page := config.tracking.page():
-        terminal.say("the MLflow page, at {}:\n  {}".format(*page))
+    terminal.say(config.tracking.page())
 
 
 def _cell(metrics: dict[str, float], name: str) -> str:

@@ -114,9 +114,9 @@ class NoTrackerConfig:
         """Nothing to resolve."""
         return self
 
-    def page(self) -> tuple[str, str] | None:
+    def page(self) -> str:
         """There is no page."""
-        return None
+        return "no tracker, no page"
 
     def build(
         self,
@@ -193,17 +193,17 @@ class MlflowConfig:
         path = self._sqlite_path
         return None if path is None else path.resolve().with_name(f"{path.stem}-artifacts").as_uri()
 
-    def page(self) -> tuple[str, str] | None:
-        """Where the page of an sqlite file will be, and the shell command that opens it there.
+    def page(self) -> str:
+        """Where to watch the run, in words: a server's address, or the command that starts one.
 
-        None where a server shows the page already.
-
-        The page reads artifacts from `artifact_location`, which each experiment has stored; that it
-        is the default as well makes experiments that are created in the page work too.
+        Of an sqlite file, the page reads artifacts from `artifact_location`, which each experiment
+        has stored; that it is the default as well makes experiments made in the page work too.
         """
         path = self._sqlite_path
         if path is None:
-            return None
+            is_server = urlsplit(self.uri).scheme in ("http", "https")
+            at = f" at {self.uri_without_password}" if is_server else " of this database"
+            return f"the MLflow page: the server{at}"
         port = first_free_port(5000)
         beside = Path(sys.executable).with_name("mlflow")  # no need to activate the environment
         words = [
@@ -212,7 +212,7 @@ class MlflowConfig:
             *("--default-artifact-root", str(self.artifact_location)),
             *("--port", str(port)),
         ]
-        return f"http://127.0.0.1:{port}", shlex.join(words)
+        return f"the MLflow page, at http://127.0.0.1:{port}: {shlex.join(words)}"
 
     def build(
         self,

@@ -69,15 +69,15 @@ def num_runs(config: MlflowConfig) -> int:
 
 def test_the_page_has_a_command_where_no_server_shows_it(tmp_path: Path) -> None:
     config = MlflowConfig(f"sqlite:///{tmp_path}/my runs/mlflow.db")
-    url, command = config.page() or ("", "")
+    where, command = config.page().split(": ", 1)
     words = shlex.split(command)
-    assert url == f"http://127.0.0.1:{words[-1]}"
+    assert where == f"the MLflow page, at http://127.0.0.1:{words[-1]}"
     assert Path(words[0]).name == "mlflow"
     options = dict(zip(words[2::2], words[3::2], strict=True))
     assert options["--backend-store-uri"] == config.uri
     assert options["--default-artifact-root"] == config.artifact_location
-    assert MlflowConfig("http://mlflow:5000").page() is None
-    assert NoTrackerConfig().page() is None
+    assert "the server at http://mlflow:5000" in MlflowConfig("http://mlflow:5000").page()
+    assert "no page" in NoTrackerConfig().page()
 
 
 def test_what_is_logged_is_on_the_run(config: MlflowConfig, tmp_path: Path) -> None:

@@ -33,8 +33,7 @@ def main(config: RunConfig) -> None:
     run = claim(job.run, job.identity)
     log = RunLog(run, "driver")
     terminal.say(f"run {config.run.name} in {run.url}, log in {log.path}")
-    if page := config.tracking.page():
-        terminal.say("the MLflow page, at {}: {}".format(*page))
+    terminal.say(config.tracking.page())
     with terminal.alone(log):
         result = train(job, terminal.show, run)
         open_tracker(config.tracking, run, config.run.name, "driver").close("FINISHED")
