@@ -31,9 +31,9 @@ from framework.train.run_tracker import log_files, open_tracker
 STAGES = {
     "making captioned clips": 15,
     "indexing the shards": 10,
-    "evaluating the untrained model": 25,
-    "planning and training": 520,
-    "evaluating the trained model": 25,
+    "evaluating the untrained model": 30,
+    "planning and training": 590,
+    "evaluating the trained model": 30,
     "sampling videos": 5,
 }
 # (caption, frames, height, width): sizes that were trained, then a longer and a larger one.
