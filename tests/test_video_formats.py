@@ -28,7 +28,11 @@ TOLERANCE = 3
 
 SETTINGS = {
     "libx264": {"crf": "4", "preset": "veryfast"},
-    "libx265": {"crf": "4", "preset": "veryfast", "x265-params": "log-level=none:pools=none"},
+    "libx265": {
+        "crf": "4",
+        "preset": "veryfast",
+        "x265-params": "log-level=none:pools=none:frame-threads=1",
+    },
     "libvpx-vp9": {"crf": "4", "b": "0", "deadline": "realtime", "cpu-used": "8"},
     # Its faster presets lose whole blocks of this picture.
     "libsvtav1": {"crf": "4", "preset": "6", "svtav1-params": "lp=1"},
