@@ -28,11 +28,7 @@ TOLERANCE = 3
 
 SETTINGS = {
     "libx264": {"crf": "4", "preset": "veryfast"},
-    "libx265": {
-        "crf": "4",
-        "preset": "veryfast",
-        "x265-params": "log-level=none:pools=none:frame-threads=1",
-    },
+    "libx265": {"crf": "4", "preset": "veryfast", "x265-params": "log-level=none:pools=none"},
     "libvpx-vp9": {"crf": "4", "b": "0", "deadline": "realtime", "cpu-used": "8"},
     # Its faster presets lose whole blocks of this picture.
     "libsvtav1": {"crf": "4", "preset": "6", "svtav1-params": "lp=1"},
@@ -119,6 +115,8 @@ def footage(
     Times are in ticks; `rate` is what the file says of it. `delay` is added to all of them, without
     the frames before `start`, in the order of coding. `options` are the codec's.
     """
+    # x265 counts dts back from a time that it reads of the third frame: of fewer it makes noise.
+    assert codec != "libx265" or len(times) > 2
     rate = rate or 1 / tick
     pictures = pictures or [picture(number % 64) for number in range(len(times))]
     buffer = io.BytesIO()
@@ -217,14 +215,14 @@ def test_colours(
     data = footage(
         codec,
         "matroska",
-        pictures=[picture(21, *size)] * 2,
-        times=range(2),
+        pictures=[picture(21, *size)] * 3,
+        times=range(3),
         matrix=matrix,
         color_range=color_range,
         tagged=tagged,
         **options,
     )
-    for frame in decode(data, [0, 1], *size):
+    for frame in decode(data, range(3), *size):
         assert_shows(frame, picture(21, *size))
 
 
