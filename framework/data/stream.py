@@ -17,6 +17,7 @@ Invariant: what arrives is what the plan says, in its order; the consumer assert
 import functools
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -63,6 +64,7 @@ def _step_packs(
     return tuple(plan.packs(epoch, step, dp_rank, dp_size))
 
 
+@contextmanager
 def open_stream(
     plan: Plan,
     reader: ClipReader,
@@ -71,11 +73,13 @@ def open_stream(
     stop: int,
     dp_rank: int,
     dp_size: int,
-) -> Iterator[list[PackedBatch]]:
+) -> Iterator[Iterator[list[PackedBatch]]]:
     """This rank's packs of global steps `start` to `stop`, a list for each step.
 
-    The list has ceil(G / dp_size) packs on every rank; where dp_size does not divide G, some are
-    dummies. Epochs follow one another without a gap; their plans must have been made.
+    The first of them are in the making from here on, before anybody asks for one: a rank builds its
+    model meanwhile. The list has ceil(G / dp_size) packs on every rank; where dp_size does not
+    divide G, some are dummies. Epochs follow one another without a gap; their plans must have been
+    made.
     """
     loader = _PackLoader(plan, reader, dp_rank, dp_size, config.static_shapes)
     longest = segment_steps(plan.recipe, reader, config, loader.packs_per_step)
@@ -90,8 +94,7 @@ def open_stream(
             for segment in islice(segments, 1)
         ]
 
-    try:
-        pending = submit()
+    def steps(pending: list[Future[Iterator[Arrays]]]) -> Iterator[list[PackedBatch]]:
         number = start
         while pending:
             rows = pending.pop().result()
@@ -100,6 +103,9 @@ def open_stream(
                 yield _check(packs, plan, number, dp_rank, dp_size)
                 number += 1
         assert number == stop, (number, stop)
+
+    try:
+        yield steps(submit())
     finally:  # an error must not wait for a segment in the making
         ahead.shutdown(wait=False, cancel_futures=True)
 

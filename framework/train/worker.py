@@ -18,6 +18,7 @@ from ray.actor import ActorHandle
 from torch import distributed, nn
 
 from framework.assembly import Assembly
+from framework.batch import PackedBatch
 from framework.checkpoint import Checkpoint, Checkpoints
 from framework.data.config import StreamConfig
 from framework.data.plan import Plan
@@ -27,6 +28,7 @@ from framework.logs import RunLog
 from framework.storage import Store
 from framework.tracking import NoTracker, Tracker
 from framework.train.config import TrainConfig
+from framework.train.engine import Engine
 from framework.train.loop import StepInput, StepOutput, train
 from framework.train.prefetch import Prefetch
 from framework.train.preflight import check_workers, refusal, show_checks
@@ -58,72 +60,120 @@ class WorkerArgs:
     board: ActorHandle
 
 
+@dataclass(frozen=True)
+class _Rank:
+    """This worker: its place among the others, and what it works on."""
+
+    args: WorkerArgs
+    number: int
+    dp_size: int
+    device: torch.device
+    store: Store  # the run's folder
+    plan: Plan
+    checkpoints: Checkpoints
+    log: RunLog
+
+    @property
+    def is_first(self) -> bool:
+        """Whether it is rank 0, which speaks for all."""
+        return self.number == 0
+
+    def tell(self, line: dict[str, Any]) -> None:
+        """Show a line on the driver's terminal, once for all ranks."""
+        if self.is_first:
+            self.args.board.tell.remote(line)
+
+    def barrier(self) -> None:
+        """Wait for the other ranks."""
+        if self.dp_size > 1:
+            distributed.barrier()
+
+
 def work(args: WorkerArgs) -> None:
     """Train this rank's share from the latest committed checkpoint to the last step."""
-    context = ray.train.get_context()
-    rank, dp_size = context.get_world_rank(), context.get_world_size()
-    device = ray.train.torch.get_device()
-    torch.set_num_threads(args.threads)
-    torch.use_deterministic_algorithms(args.train.deterministic, warn_only=True)
-    store = Store(args.run_url)
-    log = RunLog(store, f"rank-{rank:05d}")
-    log.copy()
-    checks = check_workers(store, args.shards_url, args.first_shard, device)
-    if rank == 0:
-        show_checks(checks, "workers", lambda text: _tell(args, rank, {"text": text}))
+    rank = _set_up(args)
+    checks = check_workers(rank.store, args.shards_url, args.first_shard, rank.device)
+    if rank.is_first:
+        show_checks(checks, "workers", lambda text: rank.tell({"text": text}))
     if why := refusal(checks):  # found alike on all ranks; a restart would find it again
         ray.get(args.board.refuse.remote(why))
-        log.save()
+        rank.log.save()
         return
-    _tell(args, rank, {"stage": "building the engine"})
 
-    plan = Plan(store, args.plan_digest)
-    engine = args.engine.build(partial(_model, args), args.optimizer, args.train.steps, device)
-    checkpoints = Checkpoints(store.child("checkpoints"))
-    start = 0
-    latest = _agree_on_latest(checkpoints, rank, dp_size)
-    if latest is not None:
-        engine.load(latest.store)
-        start = latest.step
-    _tell(args, rank, {"stage": "training", "step": start, "resumed": latest is not None})
+    latest = _agree_on_latest(rank)
+    start = 0 if latest is None else latest.step
+    reader, steps = args.assembly.reader(args.shards_url), args.train.steps
+    with open_stream(
+        rank.plan, reader, args.stream, start, steps, rank.number, rank.dp_size
+    ) as stream:  # the first steps are fetched and decoded while the engine is built
+        rank.tell({"stage": "building the engine"})
+        engine = args.engine.build(partial(_model, args), args.optimizer, steps, rank.device)
+        if latest is not None:
+            engine.load(latest.store)
+        rank.tell({"stage": "training", "step": start, "resumed": latest is not None})
+        _train(rank, engine, enumerate(stream, start))
+    rank.log.save()
 
-    objective = args.assembly.build_objective()
+
+def _set_up(args: WorkerArgs) -> _Rank:
+    """Find this worker's place, and set torch and its log up."""
+    context = ray.train.get_context()
+    torch.set_num_threads(args.threads)
+    torch.use_deterministic_algorithms(args.train.deterministic, warn_only=True)
+    store, number = Store(args.run_url), context.get_world_rank()
+    log = RunLog(store, f"rank-{number:05d}")
+    log.copy()
+    return _Rank(
+        args=args,
+        number=number,
+        dp_size=context.get_world_size(),
+        device=ray.train.torch.get_device(),
+        store=store,
+        plan=Plan(store, args.plan_digest),
+        checkpoints=Checkpoints(store.child("checkpoints")),
+        log=log,
+    )
+
+
+def _train(rank: _Rank, engine: Engine, stream: Iterator[tuple[int, list[PackedBatch]]]) -> None:
+    """Train on the stream's numbered steps, report and commit; the log is saved where it fails."""
+    args, objective = rank.args, rank.args.assembly.build_objective()
     tracker: Tracker = NoTracker()
-    if rank == 0:
-        tracker = open_tracker(args.tracking, store, args.run_name, "rank-0")
+    if rank.is_first:
+        tracker = open_tracker(args.tracking, rank.store, args.run_name, "rank-0")
     throughput = Throughput(
-        time.perf_counter, peak_tflops=args.train.peak_tflops, num_devices=dp_size
+        time.perf_counter, peak_tflops=args.train.peak_tflops, num_devices=rank.dp_size
     )
     reporter = Reporter(
-        store,
+        rank.store,
         tracker,
         throughput,
-        lambda line: _tell(args, rank, line),
+        rank.tell,
         lambda: stop_asked(args.board),
-        rank=rank,
-        dp_size=dp_size,
+        rank=rank.number,
+        dp_size=rank.dp_size,
         train=args.train,
     )
 
     def commit(done: int) -> None:
         began = time.perf_counter()
-        folder = checkpoints.folder(done)
-        if rank == 0:
-            checkpoints.begin(done)
+        folder = rank.checkpoints.folder(done)
+        if rank.is_first:
+            rank.checkpoints.begin(done)
             reporter.clear_ledger(done)
-        _barrier(dp_size)
+        rank.barrier()
         engine.save(folder)
         reporter.write_ledger(done)
-        _barrier(dp_size)
-        if rank == 0:
+        rank.barrier()
+        if rank.is_first:
             if tracker.journal_path is not None:
-                store.write("tracking-journal.jsonl", tracker.journal_path.read_bytes())
-            meta = _meta(args, plan, done, dp_size, tracker.run_id, reporter.average_speed())
-            checkpoints.commit(done, meta)
-            checkpoints.retain(args.train.keep_checkpoints)
+                rank.store.write("tracking-journal.jsonl", tracker.journal_path.read_bytes())
+            meta = _meta(rank, done, tracker.run_id, reporter.average_speed())
+            rank.checkpoints.commit(done, meta)
+            rank.checkpoints.retain(args.train.keep_checkpoints)
             tracker.log_checkpoint(folder.url, done)
             tracker.log_metrics({"speed/checkpoint_s": time.perf_counter() - began}, done - 1)
-        log.save()
+        rank.log.save()
         throughput.skip()
 
     def after_step(output: StepOutput) -> bool:
@@ -136,24 +186,22 @@ def work(args: WorkerArgs) -> None:
         return not stop
 
     try:
-        inputs = _inputs(args, plan, objective, start, rank, dp_size)
-        with Prefetch(inputs, depth=2) as steps:
+        with Prefetch(_inputs(rank, objective, stream), depth=2) as steps:
             train(
                 engine,
                 objective,
                 throughput.waits(steps),
                 after_step,
-                dp_size=dp_size,
-                device=device,
+                dp_size=rank.dp_size,
+                device=rank.device,
             )
     except BaseException:
         tracker.close("FAILED", timeout_s=5)
         traceback.print_exc()
-        log.save()
+        rank.log.save()
         raise
     # The driver ends the MLflow run: evaluation still writes to it.
     tracker.flush(timeout_s=60)
-    log.save()
 
 
 def _flops(args: WorkerArgs, inputs: StepInput) -> float:
@@ -174,53 +222,34 @@ def _model(args: WorkerArgs) -> nn.Module:
 
 
 def _inputs(
-    args: WorkerArgs, plan: Plan, objective: Objective, start: int, rank: int, dp_size: int
+    rank: _Rank, objective: Objective, stream: Iterator[tuple[int, list[PackedBatch]]]
 ) -> Iterator[StepInput]:
     """Steps with their random draws; runs in the prefetch thread."""
-    reader = args.assembly.reader(args.shards_url)
-    stream = open_stream(plan, reader, args.stream, start, args.train.steps, rank, dp_size)
-    for number, batches in enumerate(stream, start):
-        epoch, step = plan.locate(number)
-        totals = plan.totals(epoch, step)
-        packs = [(batch, objective.draw(batch, args.assembly.seed)) for batch in batches]
+    for number, batches in stream:
+        epoch, step = rank.plan.locate(number)
+        totals = rank.plan.totals(epoch, step)
+        packs = [(batch, objective.draw(batch, rank.args.assembly.seed)) for batch in batches]
         yield StepInput(number, epoch, step, totals.loss_tokens, totals.tokens, packs)
 
 
-def _agree_on_latest(checkpoints: Checkpoints, rank: int, dp_size: int) -> Checkpoint | None:
+def _agree_on_latest(rank: _Rank) -> Checkpoint | None:
     """Rank 0 looks; all take what it found, also where one of them would see an older listing."""
-    found = [checkpoints.latest() if rank == 0 else None]
-    if dp_size > 1:
+    found = [rank.checkpoints.latest() if rank.is_first else None]
+    if rank.dp_size > 1:
         distributed.broadcast_object_list(found)
     return found[0]
 
 
-def _barrier(dp_size: int) -> None:
-    if dp_size > 1:
-        distributed.barrier()
-
-
-def _meta(
-    args: WorkerArgs,
-    plan: Plan,
-    done: int,
-    dp_size: int,
-    run_id: str | None,
-    speed: dict[str, float],
-) -> dict[str, Any]:
-    epoch, step = plan.locate(done - 1)
+def _meta(rank: _Rank, done: int, run_id: str | None, speed: dict[str, float]) -> dict[str, Any]:
+    epoch, step = rank.plan.locate(done - 1)
     return {
         "step": done,
         "epoch": epoch,
         "step_in_epoch": step,
-        "plan_digest": args.plan_digest,
-        "dp_size": dp_size,
-        "config": args.identity,
-        "code_version": args.code_version,
+        "plan_digest": rank.args.plan_digest,
+        "dp_size": rank.dp_size,
+        "config": rank.args.identity,
+        "code_version": rank.args.code_version,
         "tracker_run_id": run_id,
         "speed": speed,
     }
-
-
-def _tell(args: WorkerArgs, rank: int, line: dict[str, Any]) -> None:
-    if rank == 0:
-        args.board.tell.remote(line)

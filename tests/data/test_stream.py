@@ -108,11 +108,11 @@ def test_global_batches_do_not_know_the_number_of_ranks(line: tuple[Assembly, Pl
     assert (config.steps_per_task, config.static_shapes) == (4, False)
 
     def batches(start: int, rank: int, size: int) -> list[list[tuple[list[int], float]]]:
-        stream = open_stream(plan, reader, config, start, count, rank, size)
-        return [
-            [(b.clip_ids[b.clip_ids >= 0].tolist(), float(b.tokens.double().sum())) for b in packs]
-            for packs in stream
-        ]
+        with open_stream(plan, reader, config, start, count, rank, size) as steps:
+            return [
+                [(b.clip_ids[b.clip_ids >= 0].tolist(), float(b.tokens.double().sum())) for b in s]
+                for s in steps
+            ]
 
     whole = batches(0, 0, 1)
     assert len(whole) == count
@@ -127,8 +127,8 @@ def test_global_batches_do_not_know_the_number_of_ranks(line: tuple[Assembly, Pl
         assert len(halves[0][step]) == len(halves[1][step]) == 2  # 3 packs and a dummy
     assert batches(2, 0, 1) == whole[2:]  # a resume is an integer
 
-    stream = open_stream(plan, reader, config, 1, 2, 0, 1)
-    (packs,) = list(stream)
+    with open_stream(plan, reader, config, 1, 2, 0, 1) as steps:
+        (packs,) = list(steps)
     (failure,) = [name for batch in packs for name in batch.failed]
     assert failure.startswith(f"{key}: ")
     assert packs[0].clip_weights[0] == 0
