@@ -1,4 +1,8 @@
-"""A run that is killed goes on as if it had never stopped: ledger, losses, MLflow run."""
+"""A run in object storage, interrupted in every way, goes on as if it had never been.
+
+Its rank is killed, its driver is killed, it is stopped by Ctrl-C once and twice, and it ends on
+another number of ranks: clips, losses and the MLflow run are those of a run that never stopped.
+"""
 
 import contextlib
 import os
@@ -6,6 +10,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -15,24 +20,151 @@ from framework.checkpoint import Checkpoints
 from framework.storage import Store
 from framework.train.report import read_ledger
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 STEPS = 60
-Start = Callable[..., "subprocess.Popen[str]"]
+Process = subprocess.Popen[str]
+Wait = Callable[..., int]
 
 
-def overrides(small_line: list[str], small_data: list[str], name: str) -> list[str]:
-    return [
+@dataclass(frozen=True)
+class Broken:
+    """The run that is interrupted, and how to start and watch it."""
+
+    command: list[str]
+    store: Store
+    mlflow_uri: str
+    start: Callable[..., Process]
+    wait_for_commit: Wait
+
+    def started(self) -> tuple[Process, int]:
+        """The command, begun again, once it has committed a step that was not yet; that step."""
+        before = Checkpoints(self.store.child("checkpoints")).committed_steps()
+        process = self.start("framework.train", *self.command)
+        return process, self.wait_for_commit(process, self.store, *before[-1:])
+
+    def committed(self) -> int:
+        return Checkpoints(self.store.child("checkpoints")).committed_steps()[-1]
+
+    def mlflow_status(self) -> str:
+        from mlflow import MlflowClient
+
+        client = MlflowClient(self.mlflow_uri)
+        (run,) = client.search_runs([client.get_experiment_by_name("longtake").experiment_id])
+        return run.info.status
+
+
+def test_interrupted_in_every_way_equals_never_stopped(
+    small_line: list[str],
+    s3_bucket: str,
+    make_data: Callable[[str], list[str]],
+    start: Callable[..., Process],
+    finish: Callable[..., str],
+    wait_for_commit: Wait,
+    tmp_path: Path,
+) -> None:
+    line = [
         *small_line,
-        *small_data,
-        f"run.name={name}",
+        *make_data(s3_bucket),
         f"train.steps={STEPS}",
         "train.checkpoint_every=6",
         "train.deterministic=true",
     ]
+    finish("framework.train", *without_tracking(line), "tracking=none")
+    expected = read_ledger(Store(tmp_path / "runs/small"))
+    assert sorted(expected) == list(range(STEPS))
+
+    run = Broken(
+        command=[*line, f"run.root={s3_bucket}/runs"],
+        store=Store(f"{s3_bucket}/runs/small"),
+        mlflow_uri=f"sqlite:///{tmp_path}/mlflow.db",
+        start=start,
+        wait_for_commit=wait_for_commit,
+    )
+    kill_a_rank_and_then_the_driver(run)
+    stop_once(run)
+    stop_twice(run)
+    changed = run.committed()
+    printed = finish("framework.train", *run.command, "cluster.num_workers=1")
+    assert f"resuming at step {changed}" in printed
+    assert f"committed: {run.store.url}/checkpoints/step-{STEPS:08d}" in printed
+
+    found = read_ledger(run.store)
+    assert {s: row["clips"] for s, row in found.items()} == {
+        s: row["clips"] for s, row in expected.items()
+    }
+    for step, row in expected.items():
+        if step < changed:
+            assert found[step]["loss"] == row["loss"], step
+        else:  # another order of summation, through Adam
+            assert found[step]["loss"] == pytest.approx(row["loss"], rel=1e-4), step
+    check_mlflow(run)
+    logs = {name.split("/")[1].rsplit("-", 1)[0] for name in run.store.list("logs")}
+    assert logs == {"driver", "rank-00000", "rank-00001"}
+
+    finish("framework.sample", *run.command, 'sample.prompts=["a red circle over grey"]')
+    assert run.store.exists("samples/00-a-red-circle-over-grey.mp4")
+    assert "evaluated already" not in finish("framework.evaluate", *run.command)
 
 
-def train_workers(process: "subprocess.Popen[str]") -> dict[int, psutil.Process]:
+def without_tracking(line: list[str]) -> list[str]:
+    return [override for override in line if "tracking" not in override]
+
+
+def kill_a_rank_and_then_the_driver(run: Broken) -> None:
+    """Ray restarts the group; then nobody is left to do so."""
+    process, _ = run.started()
+    workers = train_workers(process)
+    assert len(workers) == 2
+    os.kill(max(workers), signal.SIGKILL)
+    wait_for_new_workers(process, workers)
+    run.wait_for_commit(process, run.store, after=run.committed())
+    os.killpg(process.pid, signal.SIGKILL)  # the whole job, driver first
+    output = process.communicate(timeout=60)[0]
+    assert "resuming at step" in output
+    assert run.committed() < STEPS, "the job was done before the kill"
+
+
+def stop_once(run: Broken) -> None:
+    """It commits where it is."""
+    process, _ = run.started()
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: driver, Ray and workers alike
+    output = process.communicate(timeout=200)[0]
+    assert process.returncode == 130, output
+    assert "resuming at step" in output
+    assert "stopping after a checkpoint" in output
+    step = run.committed()
+    assert f"stopped at step {step}, committed; the same command goes on" in output
+    assert "Traceback" not in output
+    assert sorted(read_ledger(run.store)) == list(range(step))
+    assert run.mlflow_status() == "KILLED"
+
+
+def stop_twice(run: Broken) -> None:
+    """It stops at once, and here before it has done a step."""
+    process = run.start("framework.train", *run.command)
+    assert process.stdout is not None
+    assert any("starting workers" in line for line in process.stdout)
+    assert run.mlflow_status() == "RUNNING"
+    os.kill(process.pid, signal.SIGTERM)  # as `ray job stop` does
+    os.kill(process.pid, signal.SIGTERM)
+    output = process.communicate(timeout=200)[0]
+    assert process.returncode == 130, output
+    assert "Traceback" not in output
+
+
+def check_mlflow(run: Broken) -> None:
+    """One run, each step's loss once."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(run.mlflow_uri)
+    (found,) = client.search_runs([client.get_experiment_by_name("longtake").experiment_id])
+    assert found.info.status == "FINISHED"
+    points = client.get_metric_history(found.info.run_id, "train/loss")
+    assert sorted(point.step for point in points) == list(range(STEPS))
+
+
+def train_workers(process: Process) -> dict[int, psutil.Process]:
     """The ranks of a running job, by pid."""
     workers = {}
     for child in psutil.Process(process.pid).children(recursive=True):
@@ -42,69 +174,8 @@ def train_workers(process: "subprocess.Popen[str]") -> dict[int, psutil.Process]
     return workers
 
 
-def wait_for_new_workers(process: "subprocess.Popen[str]", old: dict[int, psutil.Process]) -> None:
+def wait_for_new_workers(process: Process, old: dict[int, psutil.Process]) -> None:
     """Wait until Ray has started as many ranks anew."""
     while len(set(train_workers(process)) - set(old)) < len(old):
         assert process.poll() is None, process.communicate()[0][-6000:]
         time.sleep(0.1)
-
-
-def test_killed_and_resumed_equals_never_stopped(
-    small_line: list[str],
-    small_data: list[str],
-    start: Start,
-    finish: Callable[..., str],
-    wait_for_commit: Callable[..., int],
-    tmp_path: Path,
-) -> None:
-    straight = overrides([o for o in small_line if "tracking" not in o], small_data, "straight")
-    straight += ["tracking=none"]
-    finish("framework.train", *straight)
-    root = Store(tmp_path / "runs")
-    expected = read_ledger(root.child("straight"))
-    assert sorted(expected) == list(range(STEPS))
-
-    killed = overrides(small_line, small_data, "killed")
-    store = root.child("killed")
-    process = start("framework.train", *killed)
-    wait_for_commit(process, store)
-    workers = train_workers(process)
-    assert len(workers) == 2
-    os.kill(max(workers), signal.SIGKILL)  # one rank: Ray restarts the group
-    wait_for_new_workers(process, workers)
-    seen = Checkpoints(store.child("checkpoints")).committed_steps()[-1]
-    wait_for_commit(process, store, after=seen)
-    os.killpg(process.pid, signal.SIGKILL)  # the whole job, driver first
-    output = process.communicate(timeout=60)[0]
-    assert "resuming at step" in output
-    assert sorted(read_ledger(store)) != list(range(STEPS)), "the job was done before the kill"
-
-    printed = finish("framework.train", *killed)  # the same command
-    assert "resuming at step" in printed
-    found = read_ledger(store)
-    assert {s: row["clips"] for s, row in found.items()} == {
-        s: row["clips"] for s, row in expected.items()
-    }
-    assert {s: row["loss"] for s, row in found.items()} == {
-        s: row["loss"] for s, row in expected.items()
-    }
-
-    from mlflow import MlflowClient
-
-    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
-    runs = client.search_runs([client.get_experiment_by_name("longtake").experiment_id])
-    (run,) = [run for run in runs if run.info.run_name == "killed"]
-    points = client.get_metric_history(run.info.run_id, "train/loss")
-    assert sorted(point.step for point in points) == list(range(STEPS))  # once each
-
-    # The last two checkpoints are lost, and there is one rank now.
-    root.child("straight", "checkpoints").delete_folder(f"step-{STEPS:08d}")
-    root.child("straight", "checkpoints").delete_folder(f"step-{STEPS - 6:08d}")
-    printed = finish("framework.train", *straight, "cluster.num_workers=1")
-    assert f"resuming at step {STEPS - 12}" in printed
-    found = read_ledger(root.child("straight"))
-    assert sorted(found) == list(range(STEPS))
-    for step, row in expected.items():
-        assert found[step]["clips"] == row["clips"], step
-        # Another order of summation, through Adam, for 12 steps: far from bit equality.
-        assert found[step]["loss"] == pytest.approx(row["loss"], rel=1e-4), step
