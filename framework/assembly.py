@@ -8,13 +8,12 @@ import functools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from framework.checkpoint import Checkpoint, find_checkpoint, load_weights
 from framework.data.collate import ClipReader
 from framework.data.config import DataConfig
 from framework.data.cost import CostModel
@@ -28,6 +27,9 @@ from framework.storage import Store
 from model_zoo.flops import cost_coefficients
 from model_zoo.patchify import patch_std, patchify
 from model_zoo.protocols import TextEncoder, VideoCodec
+
+if TYPE_CHECKING:  # brings torch.distributed.checkpoint: a second, in each process that decodes
+    from framework.checkpoint import Checkpoint
 
 # Which kernel computes attention is up to the machine; weights of one do for another.
 _FREE_KEYS = ("model.attention",)
@@ -174,6 +176,8 @@ class Assembly:
         a checkpoint. weights: "ema" or "weights". ValueError where there is no such committed
         checkpoint, or where it was trained with another model, codec, text encoder or objective.
         """
+        from framework.checkpoint import find_checkpoint, load_weights
+
         model, step = self.build_model().eval(), 0
         if checkpoint != "init":
             found = find_checkpoint(run.child("checkpoints"), checkpoint)
@@ -188,7 +192,7 @@ class Assembly:
         flat = flatten({name: to_mapping(getattr(self, name)) for name in names})
         return {key: value for key, value in flat.items() if key not in _FREE_KEYS}
 
-    def _check_meant_for(self, checkpoint: Checkpoint) -> None:
+    def _check_meant_for(self, checkpoint: "Checkpoint") -> None:
         """Shapes alone would let other heads, frequencies or text lengths pass, and give noise."""
         here = self.network()
         prefixes = tuple(f"{name}." for name in {key.split(".")[0] for key in here})

@@ -22,6 +22,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, distributed, nn
@@ -267,6 +268,13 @@ def _import_deepspeed(device: torch.device) -> Any:
     deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
     deepspeed.init_distributed(dist_backend=distributed.get_backend())
     deepspeed.utils.logger.setLevel(logging.WARNING)
+    # Of its Muon it asks only whether an optimizer is one. Compiling that, at import, brings
+    # Inductor: 3 s of a core.
+    as_it_is = mock.patch.object(
+        deepspeed.runtime.compiler, "compile", return_value=lambda kernel: kernel
+    )
+    with as_it_is:
+        import deepspeed.runtime.zero.muon.muon_optimizer
     # Ranges for a GPU profiler: 1,500 a step, 5 % of the step of a small model on a CPU.
     deepspeed.utils.nvtx.enable_nvtx = device.type == "cuda"
     return deepspeed
