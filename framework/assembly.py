@@ -17,7 +17,7 @@ from torch import nn
 from framework.data.collate import ClipReader
 from framework.data.config import DataConfig
 from framework.data.cost import CostModel
-from framework.data.manifest import Manifest, read_manifest
+from framework.data.manifest import Manifest, read_clip_ids, read_manifest
 from framework.data.plan import Plan, make_epoch
 from framework.data.recipe import Recipe
 from framework.data.views import Geometry
@@ -224,4 +224,5 @@ class Assembly:
             tokenize=Tokenizer(self.codec, self.patch),
             encode_text=CaptionEncoder(self.text),
             token_size=self.token_size,
+            exclude=read_clip_ids(self.data.exclude) if self.data.exclude else frozenset(),
         )

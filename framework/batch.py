@@ -7,11 +7,25 @@ without a clip are empty, and the last segment, the padding segment, holds whate
 L and of K. A segment without a clip has clip_id -1 and weight 0.
 """
 
-from dataclasses import dataclass, fields, replace
+import operator
+from dataclasses import astuple, dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ReadStats:
+    """What it took to read clips; sums."""
+
+    clips: int = 0
+    size_bytes: int = 0
+    fetch_s: float = 0.0  # waited for bytes, beside what was hidden behind decoding
+    decode_s: float = 0.0  # decoding frames and making tokens of them
+
+    def __add__(self, other: "ReadStats") -> "ReadStats":
+        return ReadStats(*map(operator.add, astuple(self), astuple(other)))
 
 
 @dataclass(frozen=True)
@@ -28,6 +42,7 @@ class PackedBatch:
     text: Tensor  # (K,) int64 ids, or (K, D) float embeddings
     cu_text: Tensor  # (B+1,) int32
     clip_ids: Tensor  # (B,) int64
+    clip_epochs: Tensor  # (B,) int64: how often the clip came before; all its draws hang on it
     clip_weights: Tensor  # (B,) float32
     source: Tensor  # (B,) int32
     fps: Tensor  # (B,) float32: frames a second that the model sees
@@ -36,6 +51,7 @@ class PackedBatch:
     step: int = 0  # step within the epoch
     pack: int = 0  # position of the pack in its step
     failed: tuple[str, ...] = ()  # keys of the clips that could not be decoded, with the cause
+    read: ReadStats = ReadStats()
 
     @property
     def num_segments(self) -> int:

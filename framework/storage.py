@@ -26,6 +26,8 @@ T = TypeVar("T")
 # Chosen by hand: five tries over about 15 s ride out a restart of a proxy or a SlowDown.
 MAX_TRIES = 5
 FIRST_DELAY_S = 0.5
+MAX_OPEN_FILES = 64  # readers of remote objects that a process keeps
+_open_files: dict[tuple[str, str], NativeFile] = {}
 _SCHEMES = ("file", "s3", "gs")
 
 _PERMANENT_TYPES = (
@@ -208,17 +210,32 @@ class Store:
         """`size_bytes` bytes from `offset`; EOFError where the object ends before."""
 
         def action() -> bytes:
-            with self.fs.open_input_file(self.path(name)) as file:
+            try:
+                file = self._kept_open(name)
                 if offset + size_bytes > (end := file.size()):
                     raise EOFError(
                         f"{join_url(self.url, name)}: wanted {size_bytes} bytes at {offset}, "
                         f"the object ends at {end}"
                     )
                 return file.read_at(size_bytes, offset)
+            except (OSError, EOFError):
+                _open_files.pop((self.url, name), None)  # its connection, or its size, is old
+                raise
 
         data = self._do(action)
         assert len(data) == size_bytes, (self.url, name, offset, size_bytes, len(data))
         return data
+
+    def _kept_open(self, name: str) -> NativeFile:
+        """A reader that is kept for the next range: opening asks an object store for the size."""
+        if self.is_local:
+            return self.fs.open_input_file(self.path(name))
+        key = (self.url, name)
+        file = _open_files.pop(key, None) or self.fs.open_input_file(self.path(name))
+        _open_files[key] = file  # the newest is last
+        while len(_open_files) > MAX_OPEN_FILES:
+            _open_files.pop(next(iter(_open_files)), None)
+        return file
 
     def open_input(self, name: str) -> NativeFile:
         """A seekable reader."""

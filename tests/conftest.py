@@ -55,27 +55,35 @@ def small_line(tmp_path: Path) -> list[str]:
     ]
 
 
-@pytest.fixture
-def make_data() -> Callable[[str], list[str]]:
-    """Makes the clips of SMALL_LINE and their manifest below a URL, as the commands do but without
-    Ray; gives the overrides that name them."""
-    return _make_data
+@pytest.fixture(scope="session")
+def small_shards(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """The clips of SMALL_LINE."""
+    folder = tmp_path_factory.mktemp("small") / "clips"
+    write_dataset(SyntheticConfig(num_clips=96, clips_per_shard=32), str(folder))
+    return Store(folder)
 
 
 @pytest.fixture
-def small_data(tmp_path: Path) -> list[str]:
+def make_data(small_shards: Store) -> Callable[[str], list[str]]:
+    """Puts these clips and their manifest below a URL, without Ray; gives the overrides that name
+    them."""
+
+    def make(root: str) -> list[str]:
+        shards, chosen = Store(f"{root}/clips"), IndexConfig(heldout_fraction=0.2)
+        names = [name for name in small_shards.list() if name.endswith(".tar")]
+        for name in names:
+            shards.write(name, small_shards.read(name))
+        found = {name: index_shard(shards.url, name, chosen) for name in names}
+        write_index(shards.url, f"{root}/manifest", found)
+        return [f"data.shards={root}/clips", f"data.manifest={root}/manifest"]
+
+    return make
+
+
+@pytest.fixture
+def small_data(make_data: Callable[[str], list[str]], tmp_path: Path) -> list[str]:
     """The same below tmp_path, made; the overrides."""
-    return _make_data(str(tmp_path))
-
-
-def _make_data(root: str) -> list[str]:
-    shards, manifest = f"{root}/clips", f"{root}/manifest"
-    write_dataset(SyntheticConfig(num_clips=96, clips_per_shard=32), shards)
-    store, chosen = Store(shards), IndexConfig(heldout_fraction=0.2)
-    names = [name for name in store.list() if name.endswith(".tar")]
-    found = {name: index_shard(store.url, name, chosen) for name in names}
-    write_index(store.url, manifest, found)
-    return [f"data.shards={shards}", f"data.manifest={manifest}"]
+    return make_data(str(tmp_path))
 
 
 @pytest.fixture

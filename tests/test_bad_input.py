@@ -169,7 +169,8 @@ def test_bad_clips_are_named_and_counted_and_the_others_train(name: str, tmp_pat
     line = Assembly.of(compose(overrides(tmp_path)))
     plan = line.make_plan(Store(tmp_path / "runs/bad"), 1, lambda _: None)
     reader = line.reader(shards.url)
-    read = [(clip, *reader.tokens(clip)) for clip in clips_of(plan)]
+    clips = list(clips_of(plan))
+    read = [(clip, *found[:2]) for clip, found in zip(clips, reader.read(clips), strict=True)]
     assert {clip.key for clip, *_ in read} == expected.trained | {"beside"}
     assert sum(bool(cause) for *_, cause in read) == expected.failed
     for clip, tokens, _ in read:

@@ -17,6 +17,7 @@ def small_pack() -> PackedBatch:
         text=torch.tensor([5, 6, 7, 0]),
         cu_text=torch.tensor([0, 2, 3, 3, 4], dtype=torch.int32),
         clip_ids=torch.tensor([11, 12, -1, -1]),
+        clip_epochs=torch.tensor([1, 1, 0, 0]),
         clip_weights=torch.tensor([0.5, 0.0, 0.0, 0.0]),
         source=torch.zeros(4, dtype=torch.int32),
         fps=torch.tensor([8.0, 8.0, 0.0, 0.0]),

@@ -124,6 +124,7 @@ def test_the_line_runs_as_a_job(
     init.write_text(init.read_text().replace("__version__ = ", '__version__ = "sent-" + '))
 
     line = [*small_line, *small_data, "tracking.experiment=two words", "optimizer.lr=5e-4"]
+    line += ["cluster.num_workers=1"]
     returncode, output = cluster.submit(code, "python", "-m", "framework.train", *line)
     assert returncode == 0, output
     assert "step     12/12" in output
@@ -138,8 +139,7 @@ def test_the_line_runs_as_a_job(
         "sent-" in (run.local_path() / "logs/driver.log").read_text()
     )  # on all ranks, says preflight
 
-    endless = [*line, "run.name=stopped", "train.steps=2000", "cluster.num_workers=1"]
-    stop_it(cluster, code, endless, tmp_path)
+    stop_it(cluster, code, [*line, "run.name=stopped", "train.steps=2000"], tmp_path)
 
     # A relative path would lie in Ray's own copy of the code, and be deleted with it.
     relative = [o for o in line if not o.startswith("run.root")] + ["run.root=runs"]

@@ -6,20 +6,30 @@ goes on, or an outage would train on nothing.
 """
 
 import json
+import time
 import zlib
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import astuple, dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from framework.batch import PackedBatch
+from framework.batch import PackedBatch, ReadStats
+from framework.data.fetch import fetch
 from framework.data.plan import ClipPlan, PackPlan, Recipe
 from framework.storage import Store
 from framework.video import VideoError, decode
 
 Arrays = dict[str, Any]
+
+
+class ClipRead(NamedTuple):
+    """What came of one clip."""
+
+    tokens: np.ndarray  # (n, P) float32; zeros where there is a cause
+    cause: str  # why it could not be read, or ""
+    stats: ReadStats
 
 
 @dataclass(frozen=True)
@@ -33,29 +43,49 @@ class ClipReader:
     tokenize: Callable[[np.ndarray], np.ndarray]
     encode_text: Callable[[str], np.ndarray]
     token_size: int  # P
+    exclude: frozenset[int] = frozenset()  # ids of clips that leave a hole in their packs
 
-    def frames(self, clip: ClipPlan) -> np.ndarray:
-        """The frames of the clip's view, uint8 (T, H, W, 3); VideoError, EOFError or OSError."""
-        data = self.shards.read_range(clip.shard, clip.offset, clip.size_bytes)
+    def seen_id(self, clip: ClipPlan) -> int:
+        """The clip's id in a batch: -1 for one that is taken out."""
+        return -1 if clip.clip_id in self.exclude else clip.clip_id
+
+    def frames(self, clip: ClipPlan, data: bytes | None = None) -> np.ndarray:
+        """The frames of the clip's view, uint8 (T, H, W, 3); VideoError, EOFError or OSError.
+
+        data: the clip's bytes, where they are at hand.
+        """
+        if data is None:
+            data = self.shards.read_range(clip.shard, clip.offset, clip.size_bytes)
         if zlib.crc32(data) != clip.checksum:
             raise VideoError("its bytes have changed since the manifest was made (checksum)")
         view = clip.view
         return decode(data, view.frames, view.height, view.width, view.flip)
 
-    def tokens(self, clip: ClipPlan) -> tuple[np.ndarray, str]:
-        """(n, P) tokens and ""; or zeros and the cause, where the clip is damaged or gone.
+    def read(self, clips: Sequence[ClipPlan]) -> Iterator[ClipRead]:
+        """Each clip's tokens; or zeros and the cause, where it is damaged or gone.
 
         OSError where the store fails for another cause: access denied, time-outs after retries.
         """
-        zeros = np.zeros((clip.tokens, self.token_size), np.float32)
-        if clip.dummy:
-            return zeros, ""
-        try:
-            tokens = self.tokenize(self.frames(clip))
-        except (VideoError, EOFError, FileNotFoundError) as error:
-            return zeros, str(error)
-        assert tokens.shape == zeros.shape, f"{clip.key}: {tokens.shape}, planned {zeros.shape}"
-        return tokens, ""
+        wanted = [clip for clip in clips if self.seen_id(clip) >= 0]
+        payloads = fetch(self.shards, wanted)
+        for clip in clips:
+            zeros = np.zeros((clip.tokens, self.token_size), np.float32)
+            if self.seen_id(clip) < 0:
+                yield ClipRead(zeros, "", ReadStats())
+                continue
+            began = time.perf_counter()
+            payload = next(payloads)
+            fetched = time.perf_counter()
+            tokens, cause = zeros, ""
+            try:
+                if not isinstance(payload, bytes):
+                    raise payload
+                tokens = self.tokenize(self.frames(clip, payload))
+                assert tokens.shape == zeros.shape, (clip.key, tokens.shape, zeros.shape)
+            except (VideoError, EOFError, FileNotFoundError) as error:
+                cause = str(error)
+            decode_s = time.perf_counter() - fetched
+            yield ClipRead(tokens, cause, ReadStats(1, clip.size_bytes, fetched - began, decode_s))
 
 
 def assemble(
@@ -70,15 +100,19 @@ def assemble(
     count = len(pack.clips)
     tokens_by_clip, texts, failed = [], [], []
     lengths, text_lengths = np.zeros(num_segments, np.int64), np.zeros(num_segments, np.int64)
-    weights = np.zeros(num_segments, np.float32)
+    weights, ids = np.zeros(num_segments, np.float32), np.full(num_segments, -1, np.int64)
     start = 0
-    for i, clip in enumerate(pack.clips):
-        clip_tokens, cause = reader.tokens(clip)
+    stats = ReadStats()
+    for i, (clip, (clip_tokens, cause, clip_stats)) in enumerate(
+        zip(pack.clips, reader.read(pack.clips), strict=True)
+    ):
         tokens_by_clip.append(clip_tokens)
+        stats += clip_stats
         start += clip.tokens
         texts.append(reader.encode_text(clip.caption))
         lengths[i], text_lengths[i] = clip.tokens, len(texts[-1])
-        weights[i] = 0.0 if cause or clip.dummy else clip.weight
+        ids[i] = reader.seen_id(clip)
+        weights[i] = 0.0 if cause or ids[i] < 0 else clip.weight
         if cause:
             failed.append(f"{clip.key}: {cause}")
     joined = np.concatenate(texts)
@@ -104,12 +138,14 @@ def assemble(
         "cu_seqlens": np.concatenate([[0], lengths.cumsum()]).astype(np.int32),
         "text": text,
         "cu_text": np.concatenate([[0], text_lengths.cumsum()]).astype(np.int32),
-        "clip_ids": by_clip("clip_id", np.int64, -1),
+        "clip_ids": ids,
+        "clip_epochs": by_clip("epoch", np.int64, 0),
         "clip_weights": weights,
         "source": by_clip("source_id", np.int32, -1),
         "fps": by_clip("fps", np.float32, 0.0),
         "given_mask": np.zeros(len(tokens), bool),
         "failed": json.dumps(failed),
+        "read": json.dumps(astuple(stats)),
     }
 
 
@@ -126,4 +162,5 @@ def to_batch(arrays: Arrays, epoch: int, step: int, pack: int) -> PackedBatch:
         name: torch.tensor(value) for name, value in arrays.items() if isinstance(value, np.ndarray)
     }
     failed = tuple(json.loads(str(arrays["failed"])))
-    return PackedBatch(**tensors, epoch=epoch, step=step, pack=pack, failed=failed)
+    read = ReadStats(*json.loads(str(arrays["read"])))
+    return PackedBatch(**tensors, epoch=epoch, step=step, pack=pack, failed=failed, read=read)

@@ -41,9 +41,14 @@ class DataConfig:
     global_batch_packs: int  # G: packs in a step
     policy: str = "mixed"
     window_steps: int = 64
-    open_bins: int = 16
+    lookahead: int = 4096  # clips that are packed together
     drop_caption: float = 0.1
+    sources: dict[str, float] = field(default_factory=dict)  # source -> share; empty: all, once
+    where: str = ""  # such as "motion > 0.2 and aesthetic > 4.5"
     cost: CostModel | None = None
+    # A file (URL) of clips to take out of a run that is under way, see
+    # framework.data.manifest.read_clip_ids: the plan stays, they leave holes of weight zero.
+    exclude: str = ""
     heldout_fraction: float = 0.05  # of the source videos, by hash
     stream: StreamConfig = field(default_factory=StreamConfig)
     synthetic: SyntheticConfig | None = None  # clips that `framework.data.synthetic` makes
@@ -60,7 +65,9 @@ class DataConfig:
             global_batch_packs=self.global_batch_packs,
             policy=self.policy,
             window_steps=self.window_steps,
-            open_bins=self.open_bins,
+            lookahead=self.lookahead,
             drop_caption=self.drop_caption,
+            sources=self.sources,
+            where=self.where,
             seed=seed,
         )

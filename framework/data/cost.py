@@ -1,7 +1,8 @@
 """Predicted cost of a pack, by which the planner puts alike packs into one step."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
+
+import numpy as np
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class CostModel:
         if self.linear == self.quadratic == 0:
             raise ValueError("linear=0 and quadratic=0 make all packs equal; use linear=1")
 
-    def pack_cost(self, clip_tokens: Iterable[int]) -> int:
-        """Cost of a pack of clips with these numbers of video tokens."""
-        return sum(n * (self.linear + self.quadratic * n) for n in clip_tokens)
+    def clip_costs(self, tokens: np.ndarray) -> np.ndarray:
+        """(n,) numbers of tokens -> (n,) int64 costs."""
+        tokens = tokens.astype(np.int64)
+        return tokens * (self.linear + self.quadratic * tokens)

@@ -1,17 +1,23 @@
 """The clip table: one row for every clip there is, and what else a plan needs to know of it.
 
 A manifest is written once by `framework.data.index` and never edited; a run pins one snapshot by
-its fingerprint. On disk a snapshot is `clips-<fingerprint>.parquet`, and `manifest.json`, written
-last, names the snapshot that counts now. Older snapshots stay readable by their fingerprint.
+its fingerprint. A table of a hundred million clips does not fit into memory, so it is kept in
+parts, each a range of clip_ids; since ids are hashes, a part is a random sample of the clips:
 
-Invariant: rows are sorted by clip_id, which is unique; the fingerprint depends on the rows alone,
-neither on where the shards lie nor on how Parquet or Arrow happen to store them.
+    clips-<fingerprint>/part-00000.parquet   rows sorted by clip_id
+    clips-<fingerprint>/snapshot.json        digests of the parts; written after them
+    manifest.json                            names the snapshot that counts now; written last
+
+Older snapshots stay readable by their fingerprint.
+
+Invariant: rows are sorted by clip_id, which is unique; parts and fingerprint depend on the rows
+alone, neither on where the shards lie nor on how Parquet or Arrow happen to store them.
 """
 
 import hashlib
 import json
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -45,13 +51,42 @@ SCHEMA = pa.schema(
     ]
 )
 SPLITS = ("train", "heldout")
-_SHARDS_URL = b"longtake.shards_url"
-_VERSION = 1  # of the format on disk and of the fingerprint
+# Clips in a part, at most, on the average: some 100 MB in memory, captions and all.
+PART_ROWS = 1 << 18
+_VERSION = 2  # of the format on disk and of the fingerprint
 
 
 def clip_id(shard: str, key: str) -> int:
     """The id of a clip: 63 bits of hash64 of its shard's name and its key in the shard."""
     return hash64("clip", shard, key) >> 1
+
+
+def read_clip_ids(url: str) -> frozenset[int]:
+    """Clips listed in a text file, one a line: a clip_id, or the shard's name and the key.
+
+    Empty lines and those that start with # do not count. ValueError names a line that is neither.
+    """
+    folder, _, name = normalize_url(url).rpartition("/")
+    try:
+        text = Store(folder).read(name).decode()
+    except (FileNotFoundError, UnicodeDecodeError) as error:
+        raise ValueError(f"{url} is not a text file of clips: {error}") from error
+    ids = set()
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.startswith("#"):
+            continue
+        match line.split(maxsplit=1):
+            case []:
+                continue
+            case [only] if only.isdecimal():
+                ids.add(int(only))
+            case [shard, key]:
+                ids.add(clip_id(shard, key.strip()))
+            case _:
+                raise ValueError(
+                    f"{url}, line {number}: {line!r} is neither a clip_id nor a shard and a key"
+                )
+    return frozenset(ids)
 
 
 def checksum(payload: bytes | memoryview) -> int:
@@ -73,57 +108,60 @@ def assign_split(video_ids: Iterable[str], heldout_fraction: float) -> list[str]
 class Manifest:
     """A snapshot of the clip table. Make it with `make_manifest`, or `read_manifest`."""
 
-    table: pa.Table  # SCHEMA, then score columns (float64) by name; sorted by clip_id
     shards_url: str  # may be replaced where the shards have moved
-    fingerprint: str  # of the table's rows: 32 hexadecimal digits
+    fingerprint: str  # of the rows: 32 hexadecimal digits
+    first_shard: str  # the shard that comes first by name; "" where there is no clip
+    scores: tuple[str, ...]  # names of the score columns
+    sources: tuple[str, ...]  # names of all sources, sorted
+    part_digests: tuple[str, ...]
+    load: Callable[[int], pa.Table]  # the rows of a part; picklable
+
+    @property
+    def num_parts(self) -> int:
+        """Parts, at least 1."""
+        return len(self.part_digests)
+
+    def part(self, index: int) -> pa.Table:
+        """One part: SCHEMA, then score columns (float64) by name; sorted by clip_id."""
+        return self.load(index)
+
+    @cached_property
+    def table(self) -> pa.Table:
+        """All rows at once, sorted by clip_id."""
+        return pa.concat_tables(self.part(i) for i in range(self.num_parts))
 
     def __len__(self) -> int:
         return self.table.num_rows
 
-    @property
-    def scores(self) -> tuple[str, ...]:
-        """Names of the score columns."""
-        return tuple(self.table.column_names[len(SCHEMA) :])
 
-    @cached_property
-    def clip_ids(self) -> np.ndarray:
-        """(n,) int64, ascending."""
-        return self.table["clip_id"].to_numpy()
+@dataclass(frozen=True)
+class _InMemory:
+    parts: tuple[pa.Table, ...]
 
-    @cached_property
-    def sources(self) -> tuple[str, ...]:
-        """The names of all sources, sorted."""
-        return tuple(sorted(self.table["source"].unique().to_pylist()))
-
-    @property
-    def first_shard(self) -> str:
-        """The shard that comes first by name; there is one, since a manifest has clips."""
-        return pc.min(self.table["shard"]).as_py()
-
-    def split(self, name: str) -> "Manifest":
-        """The rows of one split as a manifest of its own, with its own fingerprint."""
-        if name not in SPLITS:
-            raise ValueError(f"split={name!r} must be one of {', '.join(SPLITS)}")
-        part = self.table.filter(pc.equal(self.table["split"], name)).combine_chunks()
-        return Manifest(part, self.shards_url, table_fingerprint(part))
-
-    def take(self, clip_ids: Iterable[int]) -> pa.Table:
-        """The rows of these clips, in the order asked for; KeyError where there is no such clip."""
-        wanted = np.fromiter(clip_ids, np.int64)
-        rows = np.searchsorted(self.clip_ids, wanted)
-        known = rows < len(self)
-        known[known] = self.clip_ids[rows[known]] == wanted[known]
-        if not known.all():
-            raise KeyError(f"no clip {wanted[~known][0]} in manifest {self.fingerprint}")
-        return self.table.take(rows)
-
-    def shard_url(self, shard: str) -> str:
-        """Where a shard lies."""
-        return join_url(self.shards_url, shard)
+    def __call__(self, index: int) -> pa.Table:
+        return self.parts[index]
 
 
-def make_manifest(table: pa.Table, shards_url: str) -> Manifest:
-    """Check the rows, sort them and take their fingerprint.
+@dataclass(frozen=True)
+class _InStore:
+    store: Store
+    fingerprint: str
+    digests: tuple[str, ...]
+
+    def __call__(self, index: int) -> pa.Table:
+        name = _part_name(self.fingerprint, index)
+        where = join_url(self.store.url, name)
+        try:
+            table = pq.read_table(pa.BufferReader(self.store.read(name)))
+        except (pa.ArrowInvalid, FileNotFoundError) as error:
+            raise ValueError(f"{where} is not readable: {error}; index the shards anew") from error
+        if table_digest(table) != self.digests[index]:
+            raise ValueError(f"{where} holds other rows than were committed; index the shards anew")
+        return table
+
+
+def make_manifest(table: pa.Table, shards_url: str, part_rows: int = PART_ROWS) -> Manifest:
+    """Check the rows, sort them, cut them into parts of about `part_rows`, take the fingerprint.
 
     Columns beyond SCHEMA are scores: numbers, null where a clip has none. ValueError names the
     column or the clips at fault; two clips of one id are refused: all randomness hangs on the id.
@@ -136,8 +174,23 @@ def make_manifest(table: pa.Table, shards_url: str) -> Manifest:
         raise ValueError(
             f"clip_id {ids[twins[0]]} belongs to both {first} and {second}; rename one key"
         )
-    url = normalize_url(shards_url)
-    return Manifest(table.replace_schema_metadata(None), url, table_fingerprint(table))
+    table = table.replace_schema_metadata(None)
+    bits = max(0, (len(ids) - 1) // part_rows).bit_length()  # 2^bits parts
+    borders = np.searchsorted(ids >> (63 - bits), np.arange((1 << bits) + 1))
+    parts = tuple(
+        table.slice(start, stop - start)
+        for start, stop in zip(borders[:-1].tolist(), borders[1:].tolist(), strict=True)
+    )
+    digests = tuple(table_digest(part) for part in parts)
+    return Manifest(
+        shards_url=normalize_url(shards_url),
+        fingerprint=_fingerprint(digests),
+        first_shard=pc.min(table["shard"]).as_py() or "",
+        scores=tuple(table.column_names[len(SCHEMA) :]),
+        sources=tuple(sorted(table["source"].unique().to_pylist())),
+        part_digests=digests,
+        load=_InMemory(parts),
+    )
 
 
 def write_manifest(
@@ -147,55 +200,65 @@ def write_manifest(
 
     failures: clips that were left out, by cause; kept for the reader's information.
     """
-    name = _snapshot_name(manifest.fingerprint)
-    sink = pa.BufferOutputStream()
-    table = manifest.table.replace_schema_metadata({_SHARDS_URL: manifest.shards_url})
-    pq.write_table(table, sink, compression="zstd")
-    store.write(name, sink.getvalue())
-    counts = {"clips": len(manifest)}
-    for split in SPLITS:
-        counts[split] = pc.sum(pc.equal(manifest.table["split"], split)).as_py() or 0
+    counts = dict.fromkeys(("clips", *SPLITS), 0)
+    for index in range(manifest.num_parts):
+        table, sink = manifest.part(index), pa.BufferOutputStream()
+        pq.write_table(table, sink, compression="zstd")
+        store.write(_part_name(manifest.fingerprint, index), sink.getvalue())
+        counts["clips"] += table.num_rows
+        for split in SPLITS:
+            counts[split] += pc.sum(pc.equal(table["split"], split)).as_py() or 0
+    snapshot = {
+        "shards_url": manifest.shards_url,
+        "first_shard": manifest.first_shard,
+        "scores": manifest.scores,
+        "sources": manifest.sources,
+        "parts": manifest.part_digests,
+    }
+    store.write(_snapshot_name(manifest.fingerprint), _to_json(snapshot))
     commit = {
         "version": _VERSION,
         "fingerprint": manifest.fingerprint,
-        "clips": name,
         "shards_url": manifest.shards_url,
         "counts": counts,
         "failures": dict(sorted((failures or {}).items())),
     }
-    store.write("manifest.json", (json.dumps(commit, indent=2) + "\n").encode())
+    store.write("manifest.json", _to_json(commit))
 
 
 def read_manifest(url: str | Store, fingerprint: str | None = None) -> Manifest:
-    """Read the committed snapshot at `url`, or the older one that `fingerprint` pins.
+    """Open the committed snapshot at `url`, or the older one that `fingerprint` pins.
 
-    ValueError where there is none, or where it is not what its fingerprint says.
+    Rows are read part by part when they are asked for. ValueError where there is no such snapshot,
+    and later where a part is not what the fingerprint says.
     """
     store = url if isinstance(url, Store) else Store(url)
     if fingerprint is None:
         fingerprint = _committed_fingerprint(store)
-    name = _snapshot_name(fingerprint)
+    where = join_url(store.url, _snapshot_name(fingerprint))
     try:
-        data = store.read(name)
+        snapshot = json.loads(store.read(_snapshot_name(fingerprint)))
+        digests = tuple(snapshot["parts"])
     except FileNotFoundError:
         raise ValueError(f"{store.url} has no manifest {fingerprint}; index the shards") from None
-    try:
-        table = pq.read_table(pa.BufferReader(data))
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"{join_url(store.url, name)} is not readable: {error}") from error
-    shards_url = (table.schema.metadata or {}).get(_SHARDS_URL)
-    if shards_url is None:
-        raise ValueError(f"{join_url(store.url, name)} does not say where its shards are")
-    manifest = make_manifest(table, shards_url.decode())
-    if manifest.fingerprint != fingerprint:
-        raise ValueError(
-            f"{join_url(store.url, name)} holds other rows (fingerprint {manifest.fingerprint}) "
-            "than were committed; index the shards anew"
-        )
-    return manifest
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{where} is not readable: {error}; index the shards anew") from error
+    if _fingerprint(digests) != fingerprint:
+        raise ValueError(f"{where} is of another manifest; index the shards anew")
+    if not isinstance(snapshot.get("shards_url"), str):
+        raise ValueError(f"{where} does not say where its shards are; index the shards anew")
+    return Manifest(
+        shards_url=snapshot["shards_url"],
+        fingerprint=fingerprint,
+        first_shard=snapshot["first_shard"],
+        scores=tuple(snapshot["scores"]),
+        sources=tuple(snapshot["sources"]),
+        part_digests=digests,
+        load=_InStore(store, fingerprint, digests),
+    )
 
 
-def table_fingerprint(table: pa.Table) -> str:
+def table_digest(table: pa.Table) -> str:
     """Hash of names and values in order; the same for any chunking of the same rows."""
     total = hashlib.blake2b(f"manifest {_VERSION}".encode(), digest_size=16)
     for name, column in zip(table.column_names, table.columns, strict=True):
@@ -204,8 +267,20 @@ def table_fingerprint(table: pa.Table) -> str:
     return total.hexdigest()
 
 
+def _fingerprint(part_digests: Sequence[str]) -> str:
+    return hashlib.blake2b(" ".join(part_digests).encode(), digest_size=16).hexdigest()
+
+
 def _snapshot_name(fingerprint: str) -> str:
-    return f"clips-{fingerprint}.parquet"
+    return f"clips-{fingerprint}/snapshot.json"
+
+
+def _part_name(fingerprint: str, index: int) -> str:
+    return f"clips-{fingerprint}/part-{index:05d}.parquet"
+
+
+def _to_json(value: object) -> bytes:
+    return (json.dumps(value, indent=2) + "\n").encode()
 
 
 def _committed_fingerprint(store: Store) -> str:

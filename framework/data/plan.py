@@ -1,23 +1,28 @@
 """The planner: which views of which clips form which pack of which step, written down ahead.
 
-`make_epoch` orders the clips of an epoch by hash, chooses their views, packs them, and deals packs
-of alike cost into steps; `Plan` reads what it wrote. A plan is a pure function of the manifest's
-fingerprint, the split, the recipe (seed included), the text encoder's fingerprint and the epoch:
+`make_epoch` takes the clips of an epoch in an order drawn by hash, chooses their views, packs them,
+and deals packs of alike cost into steps; `Plan` reads what it wrote. A plan is a pure function of
+the manifest's fingerprint, the split, the recipe (seed included), the text encoder's fingerprint
+and the epoch:
 
     plan/<digest>/recipe.json                       what the digest is a hash of
-    plan/<digest>/epoch-00000/window-00000.parquet  rows of clips, one row group a step
-    plan/<digest>/epoch-00000/refused.parquet       clips that cannot be used, and why
+    plan/<digest>/epoch-00000/window-00000.parquet  rows of clips, by step; some steps a row group
+    plan/<digest>/epoch-00000/refused-00000.parquet clips of a part that cannot be used, and why
     plan/<digest>/epoch-00000/index.parquet         one row a step; written last: the commit
 
-Invariants: every usable clip comes exactly once an epoch; every step has G packs, the same on any
-number of ranks; no pack exceeds a limit; only the last step of an epoch holds planned dummies.
+It holds one part of the manifest and one window of steps at a time, so that its memory does not
+grow with the number of clips.
+
+Invariants: every usable clip comes exactly once an epoch (with source weights: a pass of its
+source); every step has G packs, the same on any number of ranks; no pack exceeds a limit; only the
+last step of an epoch holds planned dummies.
 """
 
 import functools
 import json
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from itertools import count, islice
+from collections import Counter
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
@@ -25,7 +30,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from framework.data.packing import pack_bucketed, pack_mixed
+from framework.data.order import by_weight, cursors_from, one_pass
+from framework.data.packing import Packer
 from framework.data.plan_store import (
     INDEX,
     ROWS,
@@ -36,9 +42,11 @@ from framework.data.plan_store import (
     StepTotals,
     dummy_row,
     epoch_folder,
+    read_epoch_facts,
 )
 from framework.data.recipe import Recipe, plan_digest, plan_identity
 from framework.data.views import choose_views, clip_hashes
+from framework.data.where import parse_where
 from framework.seeding import hash64, hash64_array
 from framework.storage import Store
 
@@ -56,18 +64,33 @@ __all__ = [
 
 _FROM_MANIFEST = ("clip_id", "shard", "key", "offset", "size_bytes", "checksum", "source")
 _SEEN = ("num_frames", "fps", "height", "width")
+# Steps are read by the row group: of some hundred KB, since each costs a millisecond to write.
+ROW_GROUP_CLIPS = 4096
+# Of a clip in a plan, what is known before its place in a step is.
+_UNPLACED = pa.schema([field for field in ROWS if field.name not in ("step", "pack", "position")])
 
 
 class ClipTable(Protocol):
     """What the planner wants of a manifest."""
 
     @property
-    def table(self) -> pa.Table:
-        """One row a clip, in any order."""
-
-    @property
     def fingerprint(self) -> str:
         """A hash of the ordered content."""
+
+    @property
+    def num_parts(self) -> int:
+        """In how many pieces the clips are read."""
+
+    @property
+    def sources(self) -> Sequence[str]:
+        """The names of all sources, sorted."""
+
+    @property
+    def scores(self) -> Sequence[str]:
+        """The names of the score columns."""
+
+    def part(self, index: int) -> pa.Table:
+        """Some of the clips, one a row, in any order."""
 
 
 def make_epoch(
@@ -82,7 +105,8 @@ def make_epoch(
     """Make one epoch of the plan of a split, unless it is committed already, and open the plan.
 
     store: the run's folder, or any other to keep `plan/` in. num_text_tokens: length of a caption
-    after the text encoder's own truncation, at least 1. Clips that cannot be used are refused by
+    after the text encoder's own truncation, at least 1. With source weights an epoch goes on where
+    the one before it ended, so that must have been made. Clips that cannot be used are refused by
     name; ValueError where none is left.
     """
     identity = plan_identity(recipe, manifest.fingerprint, text_fingerprint, split)
@@ -91,84 +115,309 @@ def make_epoch(
     if target.exists(f"{folder}/index.parquet"):
         return Plan(store, digest)
 
-    sources = sorted(manifest.table["source"].unique().to_pylist())
     null_text_tokens = num_text_tokens("")
-    filler = pa.Table.from_pylist([dummy_row(recipe, null_text_tokens)], ROWS)
-    clips = manifest.table.filter(pc.equal(manifest.table["split"], split))
-    rows, refused = _epoch_rows(clips, recipe, epoch, sources, num_text_tokens)
-    causes = {c["values"]: c["counts"] for c in pc.value_counts(refused["cause"]).to_pylist()}
-    if not clips.num_rows:
-        raise ValueError(
-            f"the manifest has no clip of split {split!r}; index again with another "
-            "data.heldout_fraction"
+    filler = dummy_row(recipe, null_text_tokens)
+    clips = _Clips(manifest, recipe, num_text_tokens, split, target.child(folder))
+    if recipe.sources:
+        before = read_epoch_facts(target, epoch - 1)["cursors"] if epoch else None
+        cursors = cursors_from(before, recipe.sources)
+        chunks = by_weight(
+            clips.load, recipe.seed, manifest.num_parts, recipe.sources, cursors, clips.count()
         )
-    if not rows.num_rows:
-        raise ValueError(
-            f"none of {clips.num_rows} clips of split {split!r} can be used; refused: {causes}; "
-            "look at the recipe's sizes, frames and budgets"
-        )
-    made_from = {"identity": identity, "sources": sources, "null_text_tokens": null_text_tokens}
-    target.write("recipe.json", (json.dumps(made_from, indent=1, sort_keys=True) + "\n").encode())
+    else:
+        cursors = {}
+        chunks = one_pass(clips.load, recipe.seed, epoch, manifest.num_parts)
 
-    index: list[dict[str, Any]] = []
-    tokens = rows["tokens"].to_numpy()
-    packs = _packs(rows, recipe)
-    window_packs = recipe.window_steps * recipe.global_batch_packs
-    for window in count():
-        chunk = list(islice(packs, window_packs))
-        if not chunk:
-            break
-        steps = deal_steps(chunk, tokens, recipe, epoch, window)
-        tables = [
-            _step_rows(rows, filler, step, recipe, len(index) + i) for i, step in enumerate(steps)
-        ]
-        target.write(f"{folder}/window-{window:05d}.parquet", _to_parquet(tables))
-        index += [_totals(table, recipe, window, i) for i, table in enumerate(tables)]
-    target.write(f"{folder}/refused.parquet", _to_parquet([refused]))
-    schema = INDEX.with_metadata({"refused": json.dumps(causes, sort_keys=True)})
-    target.write(f"{folder}/index.parquet", _to_parquet([pa.Table.from_pylist(index, schema)]))
+    packer = _packer(recipe, epoch)
+    writer = _Writer(target.child(folder), recipe, epoch, filler)
+    for rows in chunks:
+        tokens, text_tokens = rows["tokens"].to_pylist(), rows["text_tokens"].to_pylist()
+        for pack in packer.add(writer.add(rows), tokens, text_tokens, _buckets(rows, recipe)):
+            writer.pack(pack)
+        writer.forget(packer.waiting())
+    for pack in packer.finish():
+        writer.pack(pack)
+    writer.flush()
+    try:
+        clips.check_any()
+    except ValueError:
+        target.delete_folder(folder)
+        raise
+
+    made_from = {
+        "identity": identity,
+        "sources": list(manifest.sources),
+        "null_text_tokens": null_text_tokens,
+    }
+    target.write("recipe.json", (json.dumps(made_from, indent=1, sort_keys=True) + "\n").encode())
+    facts = {
+        "refused": dict(clips.refused),
+        "filtered": clips.filtered,
+        "cursors": {name: cursor.to_mapping() for name, cursor in cursors.items()},
+    }
+    index = pa.concat_tables(writer.index).replace_schema_metadata(
+        {"facts": json.dumps(facts, sort_keys=True)}
+    )
+    target.write(f"{folder}/index.parquet", _to_parquet([index.combine_chunks()]))
     return Plan(store, digest)
 
 
-def deal_steps(
-    packs: Sequence[list[int]], clip_tokens: np.ndarray, recipe: Recipe, epoch: int, window: int
-) -> list[list[list[int]]]:
+def deal_steps(costs: np.ndarray, recipe: Recipe, epoch: int, window: int) -> list[np.ndarray]:
     """Sort the packs of a window by cost, cut them into steps of G, shuffle the steps.
 
-    Within a step costs fall, so that any dp_size neighbours, which ranks work on at one time, are
-    alike too. A step of fewer than G packs, the cheapest, stays last: the epoch ends with it.
+    costs: (n,) int64, of each pack. Gives, for each step, the numbers of its packs. Within a step
+    costs fall, so that any dp_size neighbours, which ranks work on at one time, are alike too. A
+    step of fewer than G packs, the cheapest, stays last: the epoch ends with it.
     """
-    costs = [recipe.cost.pack_cost(clip_tokens[pack].tolist()) for pack in packs]
-    order = sorted(range(len(packs)), key=lambda i: -costs[i])  # stable: ties in packing order
+    order = np.argsort(-costs, kind="stable")  # ties in packing order
     size = recipe.global_batch_packs
-    steps = [[packs[i] for i in order[at : at + size]] for at in range(0, len(order), size)]
-    num_full = len(packs) // size
+    steps = [order[at : at + size] for at in range(0, len(order), size)]
+    num_full = len(costs) // size
     shuffle = hash64_array(hash64(recipe.seed, "steps", epoch, window), np.arange(num_full))
     return [steps[i] for i in np.argsort(shuffle, kind="stable")] + steps[num_full:]
 
 
-def _epoch_rows(
-    table: pa.Table,
+class _Clips:
+    """The clips of a split that can be used, part by part, with their views and captions."""
+
+    def __init__(
+        self,
+        manifest: ClipTable,
+        recipe: Recipe,
+        num_text_tokens: Callable[[str], int],
+        split: str,
+        folder: Store,
+    ) -> None:
+        if unknown := sorted(set(recipe.sources) - set(manifest.sources)):
+            have = ", ".join(manifest.sources)
+            raise ValueError(f"sources names {unknown[0]!r}; the manifest has {have}")
+        self.manifest = manifest
+        self.recipe = recipe
+        self.num_text_tokens = num_text_tokens
+        self.split = split
+        self.folder = folder
+        self.refused: Counter[str] = Counter()
+        self.filtered = 0  # clips that `where` left out
+        self._offered = self._used = 0
+        self._in_split = 0
+        self._where = parse_where(recipe.where, manifest.scores) if recipe.where else None
+        self._num_files = 0
+
+    def count(self) -> int:
+        """Clips of all weighted sources that pass the filter."""
+        return sum(
+            self._filtered(part, None)[0].num_rows for part in range(self.manifest.num_parts)
+        )
+
+    def load(self, part: int, epoch: int, source: str | None) -> pa.Table:
+        """The clips of a part in an epoch's order, _UNPLACED; the refused are written down."""
+        clips, left_out = self._filtered(part, source)
+        ids = clips["clip_id"].to_numpy()
+        key = hash64(self.recipe.seed, "order", epoch)
+        clips = clips.take(np.argsort(hash64_array(key, ids), kind="stable"))
+        rows, refused = _views(
+            clips, self.recipe, epoch, self.manifest.sources, self.num_text_tokens
+        )
+        self.filtered += left_out
+        self._offered += clips.num_rows
+        self._used += rows.num_rows
+        for cause in refused["cause"].to_pylist():
+            self.refused[cause] += 1
+        if refused.num_rows:
+            name = f"refused-{self._num_files:05d}.parquet"
+            self.folder.write(name, _to_parquet([refused]))
+            self._num_files += 1
+        return rows
+
+    def check_any(self) -> None:
+        """ValueError where no clip could be used."""
+        if not self._in_split:
+            raise ValueError(
+                f"the manifest has no clip of split {self.split!r}; index again with another "
+                "data.heldout_fraction"
+            )
+        if not self._offered:
+            raise ValueError(
+                f"none of {self.filtered} clips of split {self.split!r} passes "
+                f"where={self.recipe.where!r}"
+            )
+        if not self._used:
+            raise ValueError(
+                f"none of {self._offered} clips of split {self.split!r} can be used; refused: "
+                f"{dict(self.refused)}; look at the recipe's sizes, frames and budgets"
+            )
+
+    def _filtered(self, part: int, source: str | None) -> tuple[pa.Table, int]:
+        """The clips of a part that the recipe asks for, and how many its filter left out."""
+        table = self.manifest.part(part)
+        clips = table.filter(pc.equal(table["split"], self.split))
+        self._in_split += clips.num_rows
+        names = [source] if source is not None else list(self.recipe.sources)
+        if names:
+            clips = clips.filter(pc.is_in(clips["source"], pa.array(names, pa.string())))
+        if self._where is None:
+            return clips, 0
+        passed = clips.filter(self._where)
+        return passed, clips.num_rows - passed.num_rows
+
+
+def _packer(recipe: Recipe, epoch: int) -> Packer:
+    return Packer(recipe.limits, recipe.lookahead, hash64(recipe.seed, "packs", epoch))
+
+
+def _buckets(rows: pa.Table, recipe: Recipe) -> list[Any] | None:
+    """The token grid of each clip, where packs are of one each."""
+    if recipe.policy == "mixed":
+        return None
+    grid_of = functools.cache(recipe.geometry.token_grid)
+    shapes = (rows[name].to_pylist() for name in ("num_frames", "height", "width"))
+    return [grid_of(*shape) for shape in zip(*shapes, strict=True)]
+
+
+class _Writer:
+    """Packs on their way into window files; it holds the rows of clips that are not written yet."""
+
+    def __init__(self, folder: Store, recipe: Recipe, epoch: int, filler: dict[str, Any]) -> None:
+        self.index = [INDEX.empty_table()]  # rows of the steps written
+        self._steps = 0
+        self._folder = folder
+        self._recipe = recipe
+        self._epoch = epoch
+        self._filler = filler
+        self._rows = _UNPLACED.empty_table()
+        self._numbers = np.empty(0, np.int64)  # of the rows, ascending
+        self._added = 0
+        self._packs: list[list[int]] = []
+        self._windows = 0
+
+    def add(self, rows: pa.Table) -> int:
+        """Take clips in; the number of the first, the others follow."""
+        first = self._added
+        self._added += rows.num_rows
+        self._numbers = np.concatenate([self._numbers, np.arange(first, self._added)])
+        self._rows = pa.concat_tables([self._rows, rows])
+        return first
+
+    def pack(self, pack: list[int]) -> None:
+        """Take a pack; a full window is written."""
+        self._packs.append(pack)
+        if len(self._packs) == self._recipe.window_steps * self._recipe.global_batch_packs:
+            self.flush()
+
+    def forget(self, waiting: list[int]) -> None:
+        """Drop the rows of clips that are neither in `waiting` nor in a pack of this window."""
+        needed = np.sort(np.array([*waiting, *(c for p in self._packs for c in p)], np.int64))
+        self._rows = self._rows.take(np.searchsorted(self._numbers, needed)).combine_chunks()
+        self._numbers = needed
+
+    def flush(self) -> None:
+        """Write the packs taken as a window."""
+        if not self._packs:
+            return
+        recipe, packs = self._recipe, self._packs
+        sizes = np.array([len(pack) for pack in packs])
+        at = np.searchsorted(self._numbers, np.concatenate(packs))
+        tokens = self._rows["tokens"].to_numpy()[at]
+        starts = np.cumsum(sizes) - sizes
+        costs = np.add.reduceat(recipe.cost.clip_costs(tokens), starts)
+        steps = deal_steps(costs, recipe, self._epoch, self._windows)
+
+        step_of, place_of = np.empty(len(packs), np.int64), np.empty(len(packs), np.int64)
+        for number, step in enumerate(steps, self._steps):
+            step_of[step], place_of[step] = number, np.arange(len(step))
+        table = _placed(self._rows.take(at), np.repeat(step_of, sizes), np.repeat(place_of, sizes))
+        numbers = self._steps + np.arange(len(steps))
+        borders = np.searchsorted(table["step"].to_numpy(), [*numbers, numbers[-1] + 1])
+        groups = (borders - 1) // ROW_GROUP_CLIPS  # a step is in the group of its last clip
+        row_group = np.unique(groups[1:], return_inverse=True)[1]
+        index = _totals(table, borders, [costs[step] for step in steps], recipe)
+        placed = {"step": numbers, "window": np.full(len(steps), self._windows)}
+        self.index.append(pa.table({**index, **placed, "row_group": row_group}, INDEX))
+
+        dummies = _dummies(
+            self._filler, int(numbers[-1]), len(steps[-1]), recipe.global_batch_packs
+        )
+        table = pa.concat_tables([table, dummies])
+        starts = [borders[np.argmax(row_group == g)] for g in range(row_group[-1] + 1)]
+        pieces = [
+            table.slice(start, stop - start) for start, stop in pairwise([*starts, table.num_rows])
+        ]
+        self._folder.write(f"window-{self._windows:05d}.parquet", _to_parquet(pieces))
+        self._steps += len(steps)
+        self._windows += 1
+        self._packs = []
+
+
+def _placed(rows: pa.Table, step: np.ndarray, pack: np.ndarray) -> pa.Table:
+    """ROWS, by step and pack.
+
+    Inside a pack clips of equal length are neighbours, and among them those of equal text:
+    attention on a CPU works on such runs at once.
+    """
+    keys = [rows[name].to_numpy() for name in ("clip_id", "text_tokens", "tokens")]
+    order = np.lexsort([*keys, pack, step])
+    step, pack = step[order], pack[order]
+    is_first = np.ones(len(step), bool)
+    is_first[1:] = (np.diff(step) != 0) | (np.diff(pack) != 0)
+    starts = np.flatnonzero(is_first)
+    position = np.arange(len(step)) - starts[np.cumsum(is_first) - 1]
+    rows = rows.take(order)
+    for name, values in (("step", step), ("pack", pack), ("position", position)):
+        rows = rows.append_column(name, pa.array(values, pa.int32()))
+    return rows.select(ROWS.names).cast(ROWS)
+
+
+def _dummies(filler: dict[str, Any], step: int, num_packs: int, wanted: int) -> pa.Table:
+    """Dummy packs that a step of `num_packs` lacks to `wanted`."""
+    rows = [filler | {"step": step, "pack": pack} for pack in range(num_packs, wanted)]
+    return pa.Table.from_pylist(rows, ROWS)
+
+
+def _totals(
+    table: pa.Table, borders: np.ndarray, costs: list[np.ndarray], recipe: Recipe
+) -> dict[str, np.ndarray]:
+    """Columns of the index, dummies left out but for the cost.
+
+    borders: (n + 1,) rows where steps begin; costs: of each step's packs.
+    """
+
+    def by_step(name: str) -> np.ndarray:
+        return np.add.reduceat(table[name].to_numpy().astype(np.int64), borders[:-1])
+
+    packs = np.array([len(step) for step in costs])
+    lacking = recipe.global_batch_packs - packs
+    return {
+        "packs": packs,
+        "clips": np.diff(borders),
+        "tokens": by_step("tokens"),
+        "loss_tokens": by_step("tokens"),
+        "text_tokens": by_step("text_tokens"),
+        "cost": np.array([step.sum() for step in costs]) + lacking * recipe.dummy_cost,
+        "max_cost": np.array([step.max() for step in costs]),
+        "fill": by_step("tokens") / (packs * recipe.max_tokens),
+    }
+
+
+def _views(
+    clips: pa.Table,
     recipe: Recipe,
     epoch: int,
-    sources: list[str],
+    sources: Sequence[str],
     num_text_tokens: Callable[[str], int],
 ) -> tuple[pa.Table, pa.Table]:
-    """Usable clips in epoch order, all columns but step, pack and position; and the refused."""
+    """Of clips in order, those that can be used, _UNPLACED, and those refused."""
     # 64-bit offsets: the captions of tens of millions of clips exceed 2 GiB.
-    captions = table["captions"].cast(pa.large_list(pa.large_string()))
-    table = table.select([*_FROM_MANIFEST, *_SEEN]).append_column("captions", captions)
-    ids = table["clip_id"].to_numpy()
+    captions = clips["captions"].cast(pa.large_list(pa.large_string()))
+    clips = clips.select([*_FROM_MANIFEST, *_SEEN])
+    ids = clips["clip_id"].to_numpy()
     assert len(np.unique(ids)) == len(ids), "clip_id repeats in the manifest"
-    order = np.argsort(hash64_array(hash64(recipe.seed, "order", epoch), ids), kind="stable")
-    clips, ids = table.take(order), ids[order]
 
     columns = {name: clips[name].to_numpy() for name in ("clip_id", *_SEEN)}
     views = choose_views(
         columns, recipe.views, recipe.geometry, recipe.max_tokens, recipe.seed, epoch
     )
-    captions = _choose_captions(clips["captions"].combine_chunks(), ids, recipe, epoch)
-    texts = captions.dictionary_encode()  # a caption that many clips share is counted once
+    chosen = _choose_captions(captions.combine_chunks(), ids, recipe, epoch)
+    texts = chosen.dictionary_encode()  # a caption that many clips share is counted once
     lengths = np.array([num_text_tokens(text) for text in texts.dictionary.to_pylist()], np.int64)
     if len(lengths) and lengths.min() < 1:
         raise ValueError("num_text_tokens gave 0 for a caption; every text needs at least 1 token")
@@ -180,6 +429,7 @@ def _epoch_rows(
         views.refused,
     )
     values = {name: clips[name] for name in _FROM_MANIFEST} | {
+        "epoch": np.full(len(ids), epoch, np.int32),
         "first_frame": views.first_frame,
         "stride": views.stride,
         "num_frames": views.num_frames,
@@ -187,7 +437,7 @@ def _epoch_rows(
         "width": views.width,
         "flip": views.flip,
         "fps": views.fps,
-        "caption": captions,
+        "caption": chosen,
         "tokens": views.tokens,
         "text_tokens": text_tokens,
         "source_id": pc.index_in(clips["source"], pa.array(sources, pa.string())),
@@ -195,7 +445,7 @@ def _epoch_rows(
         "dummy": np.zeros(len(ids), bool),
     }
     is_used = pa.array(cause == "")
-    rows = pa.table(values).filter(is_used)
+    rows = pa.table(values).filter(is_used).select(_UNPLACED.names).cast(_UNPLACED)
     refused = pa.table({**{n: clips[n] for n in ("clip_id", "shard", "key")}, "cause": cause})
     return rows.combine_chunks(), refused.filter(pc.invert(is_used)).sort_by("clip_id")
 
@@ -208,69 +458,6 @@ def _choose_captions(lists: pa.Array, ids: np.ndarray, recipe: Recipe, epoch: in
     is_empty = (counts == 0) | (uniform < recipe.drop_caption)
     at = lists.offsets.to_numpy()[:-1] + choice.astype(np.int64)
     return pc.fill_null(lists.values.take(pa.array(at, mask=is_empty)), "")
-
-
-def _packs(rows: pa.Table, recipe: Recipe) -> Iterator[list[int]]:
-    tokens = rows["tokens"].to_pylist()
-    text_tokens = rows["text_tokens"].to_pylist()
-    if recipe.policy == "mixed":
-        return pack_mixed(tokens, text_tokens, recipe.limits, recipe.open_bins)
-    grid_of = functools.cache(recipe.geometry.token_grid)
-    shapes = (rows[name].to_pylist() for name in ("num_frames", "height", "width"))
-    return pack_bucketed(
-        tokens, text_tokens, [grid_of(*s) for s in zip(*shapes, strict=True)], recipe.limits
-    )
-
-
-def _step_rows(
-    rows: pa.Table, dummy: pa.Table, packs: list[list[int]], recipe: Recipe, step: int
-) -> pa.Table:
-    """The rows of one step, filled up with dummy packs to G.
-
-    Inside a pack clips of equal length are neighbours, and among them those of equal text:
-    attention on a CPU works on such runs at once.
-    """
-    clips = np.concatenate(packs)
-    sizes = np.array([len(pack) for pack in packs])
-    pack = np.repeat(np.arange(len(packs)), sizes)
-    taken = rows.take(clips)
-    keys = [taken[name].to_numpy() for name in ("clip_id", "text_tokens", "tokens")]
-    taken = taken.take(np.lexsort([*keys, pack]))
-    position = np.arange(len(clips)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    placed = {"step": np.full(len(clips), step), "pack": pack, "position": position}
-    for name, values in placed.items():
-        taken = taken.append_column(name, pa.array(values, pa.int32()))
-    taken = taken.select(ROWS.names).cast(ROWS)
-    dummies = []
-    for index in range(len(packs), recipe.global_batch_packs):
-        for name, value in (("step", step), ("pack", index)):
-            at = ROWS.get_field_index(name)
-            dummy = dummy.set_column(at, ROWS.field(at), pa.array([value], pa.int32()))
-        dummies.append(dummy)
-    return pa.concat_tables([taken, *dummies])
-
-
-def _totals(table: pa.Table, recipe: Recipe, window: int, row_group: int) -> dict[str, Any]:
-    """A step's row of the index."""
-    real = table.filter(pc.invert(table["dummy"]))
-    costs: defaultdict[int, list[int]] = defaultdict(list)
-    for pack, tokens in zip(table["pack"].to_pylist(), table["tokens"].to_pylist(), strict=True):
-        costs[pack].append(tokens)
-    pack_costs = [recipe.cost.pack_cost(tokens) for tokens in costs.values()]
-    num_packs, tokens = pc.count_distinct(real["pack"]).as_py(), pc.sum(real["tokens"]).as_py()
-    return {
-        "step": table["step"][0].as_py(),
-        "window": window,
-        "row_group": row_group,
-        "packs": num_packs,
-        "clips": real.num_rows,
-        "tokens": tokens,
-        "loss_tokens": tokens,
-        "text_tokens": pc.sum(real["text_tokens"]).as_py(),
-        "cost": sum(pack_costs),
-        "max_cost": max(pack_costs),
-        "fill": tokens / (num_packs * recipe.max_tokens),
-    }
 
 
 def _to_parquet(tables: list[pa.Table]) -> bytes:

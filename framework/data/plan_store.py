@@ -1,7 +1,7 @@
 """A plan on disk: what its files hold, and reading the packs of any step.
 
 A reader trusts an epoch once its index is there, and not before. Any rank finds its rows of any
-step by one look into the index and one window file, which holds a row group a step.
+step by one look into the index and one window file, whose row groups hold a few steps each.
 """
 
 import functools
@@ -10,6 +10,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -23,6 +24,7 @@ _ROW_FIELDS: list[tuple[str, pa.DataType]] = [
     ("pack", pa.int32()),  # within the step, 0 to G - 1
     ("position", pa.int32()),  # within the pack
     ("clip_id", pa.int64()),
+    ("epoch", pa.int32()),  # of the clip's own source: how often it came before
     ("shard", pa.string()),
     ("key", pa.string()),
     ("offset", pa.int64()),
@@ -66,6 +68,7 @@ class ClipPlan:
     """One clip of a pack: where its bytes lie, and what is made of them."""
 
     clip_id: int  # -1 for a dummy
+    epoch: int  # all that is drawn for the clip is drawn for this one
     shard: str
     key: str
     offset: int
@@ -102,6 +105,7 @@ class StepTotals:
     loss_tokens: int
     text_tokens: int
     cost: int
+    max_cost: int  # of the dearest pack
 
 
 @dataclass(frozen=True)
@@ -117,6 +121,7 @@ class PlanSummary:
     offered: int
     tokens: int
     refused: dict[str, int]  # clips by cause
+    filtered: int  # clips that `where` left out; not among the offered
     fill: float  # tokens over the room for tokens, dummies left out
     text_fill: float
     imbalance: float  # sum over steps of the dearest pack's cost, over that of the mean pack's
@@ -129,7 +134,8 @@ class PlanSummary:
                 f"  steps      {self.steps:,} of {self.global_batch_packs} packs, "
                 f"{self.tokens / self.steps:,.0f} tokens each; {self.dummies} dummy packs",
                 f"  clips      {self.clips:,} of {self.offered:,} used "
-                f"({self.clips / self.offered:.1%}); refused: {causes or 'none'}",
+                f"({self.clips / self.offered:.1%}); refused: {causes or 'none'}"
+                + (f"; left out by data.where: {self.filtered:,}" if self.filtered else ""),
                 f"  fill       {self.fill:.3f} of the tokens, {self.text_fill:.3f} of the text",
                 f"  imbalance  {self.imbalance:.3f} (dearest pack over mean pack, by step)",
             ]
@@ -193,6 +199,8 @@ class Plan:
             raise ValueError(f"dp_rank={dp_rank} must lie between 0 and {dp_size - 1}")
         row = self._index_row(epoch, step)
         rows = _read_rows(self.store.url, epoch, row["window"], row["row_group"])
+        start, stop = np.searchsorted(rows["step"].to_numpy(), [step, step + 1]).tolist()
+        rows = rows.slice(start, stop - start)
         mine = rows.filter(pa.array(rows["pack"].to_numpy() % dp_size == dp_rank))
         clips: defaultdict[int, list[ClipPlan]] = defaultdict(list)
         for values in mine.to_pylist():
@@ -206,15 +214,17 @@ class Plan:
     def refused(self, epoch: int) -> list[tuple[str, str]]:
         """(key, cause) of each clip that the epoch cannot use."""
         self._index(epoch)  # only what is committed counts
-        table = _read_table(self.store, f"{epoch_folder(epoch)}/refused.parquet")
-        return list(zip(table["key"].to_pylist(), table["cause"].to_pylist(), strict=True))
+        names = [n for n in self.store.list(epoch_folder(epoch)) if "/refused-" in n]
+        tables = [_read_table(self.store, name) for name in sorted(names)]
+        return [(row["key"], row["cause"]) for table in tables for row in table.to_pylist()]
 
     def summary(self, epoch: int) -> PlanSummary:
         """Fill, balance and share of clips used of an epoch."""
         index = self._index(epoch)
         total = {name: pc.sum(index[name]).as_py() for name in ("packs", "clips", "tokens")}
         num_packs, recipe = total["packs"], self.recipe
-        refused = json.loads(index.schema.metadata[b"refused"])
+        facts = read_epoch_facts(self.store, epoch)
+        refused = facts["refused"]
         mean_cost = pc.sum(index["cost"]).as_py() / recipe.global_batch_packs
         return PlanSummary(
             digest=self.digest,
@@ -226,6 +236,7 @@ class Plan:
             offered=total["clips"] + sum(refused.values()),
             tokens=total["tokens"],
             refused=refused,
+            filtered=facts["filtered"],
             fill=total["tokens"] / (num_packs * recipe.max_tokens),
             text_fill=pc.sum(index["text_tokens"]).as_py() / (num_packs * recipe.max_text_tokens),
             imbalance=pc.sum(index["max_cost"]).as_py() / mean_cost,
@@ -244,6 +255,16 @@ class Plan:
         if not 0 <= step < index.num_rows:
             raise ValueError(f"step={step}: epoch {epoch} has steps 0 to {index.num_rows - 1}")
         return index.slice(step, 1).to_pylist()[0]
+
+
+def read_epoch_facts(plan: Store, epoch: int) -> dict[str, Any]:
+    """What else the planner says of an epoch; `plan`: the plan's folder. ValueError: not made."""
+    try:
+        metadata = _read_index(plan.url, epoch).schema.metadata
+    except FileNotFoundError as error:
+        raise ValueError(f"epoch {epoch} of {plan.url} is not made yet; make it first") from error
+    facts: dict[str, Any] = json.loads(metadata[b"facts"])
+    return facts
 
 
 def dummy_row(recipe: Recipe, null_text_tokens: int) -> dict[str, Any]:
@@ -299,6 +320,7 @@ def _read_window(url: str, epoch: int, window: int) -> bytes:
     return Store(url).read(f"{epoch_folder(epoch)}/window-{window:05d}.parquet")
 
 
+@functools.lru_cache(maxsize=2)
 def _read_rows(url: str, epoch: int, window: int, row_group: int) -> pa.Table:
     data = _read_window(url, epoch, window)
     return pq.ParquetFile(pa.BufferReader(data)).read_row_group(row_group)

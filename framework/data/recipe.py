@@ -2,14 +2,17 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+import math
+from dataclasses import asdict, dataclass, field
 from typing import Any
+
+import numpy as np
 
 from framework.data.cost import CostModel
 from framework.data.packing import PackLimits
 from framework.data.views import Geometry, ViewConfig
 
-FORMAT = 1  # of the plan's files and of the planner's choices: a change must give other digests
+FORMAT = 2  # of the plan's files and of the planner's choices: a change must give other digests
 
 
 @dataclass(frozen=True)
@@ -32,8 +35,13 @@ class Recipe:
     # Steps in a window, among which packs are sorted by cost. 64 bring the sum of the steps'
     # largest costs to 1.02 of the mean at 8 to 512 ranks, against 1.08 for 16 (simulated).
     window_steps: int = 64
-    open_bins: int = 16  # of best fit: fill .997 on log-normal durations (simulated)
+    # Clips that are packed together: 4096 fill as much as all at once (benchmarks/packing.py).
+    lookahead: int = 4096
     drop_caption: float = 0.1  # classifier-free guidance, Ho & Salimans 2022, sec. 3.2
+    # Source -> its share of the clips, in any unit; those not named are left out. Empty: every
+    # clip of every source once an epoch.
+    sources: dict[str, float] = field(default_factory=dict)
+    where: str = ""  # a filter, see framework.data.where; empty: all clips
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -43,13 +51,16 @@ class Recipe:
             "max_clips",
             "global_batch_packs",
             "window_steps",
-            "open_bins",
+            "lookahead",
         )
         for name in counts:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.policy not in ("mixed", "bucketed"):
             raise ValueError(f'policy={self.policy!r} must be "mixed" or "bucketed"')
+        for source, weight in self.sources.items():
+            if not 0 < weight < math.inf:
+                raise ValueError(f"sources.{source}={weight} must be above 0; leave out for none")
         if not 0.0 <= self.drop_caption <= 1.0:
             raise ValueError(f"drop_caption={self.drop_caption} must lie in [0, 1]; try 0.1")
         self.views.check(self.geometry)
@@ -60,6 +71,13 @@ class Recipe:
                 f"max_tokens={self.max_tokens} must hold the smallest view, {view.num_frames} "
                 f"frames of {view.height}x{view.width}; try {tokens} or more"
             )
+
+    @property
+    def dummy_cost(self) -> int:
+        """Predicted cost of a dummy pack."""
+        view = self.views.smallest_view(self.geometry)
+        tokens = self.geometry.num_tokens(view.num_frames, view.height, view.width)
+        return int(self.cost.clip_costs(np.array(tokens)))
 
     @property
     def limits(self) -> PackLimits:

@@ -100,7 +100,7 @@ def open_stream(
             rows = pending.pop().result()
             pending = submit()  # made while the one before it is used
             while packs := list(islice(rows, loader.packs_per_step)):
-                yield _check(packs, plan, number, dp_rank, dp_size)
+                yield _check(packs, plan, reader, number, dp_rank, dp_size)
                 number += 1
         assert number == stop, (number, stop)
 
@@ -155,7 +155,12 @@ def _context(config: StreamConfig) -> DataContext:
 
 
 def _check(
-    rows: list[Arrays], plan: Plan, number: int, dp_rank: int, dp_size: int
+    rows: list[Arrays],
+    plan: Plan,
+    reader: ClipReader,
+    number: int,
+    dp_rank: int,
+    dp_size: int,
 ) -> list[PackedBatch]:
     """Turn the rows of a step into batches and assert that they are the plan's."""
     epoch, step = plan.locate(number)
@@ -163,7 +168,7 @@ def _check(
     for row, pack in zip(rows, plan.packs(epoch, step, dp_rank, dp_size), strict=True):
         arrays = {name: value[0] for name, value in row.items()}
         batch = to_batch(arrays, epoch, step, pack.index)
-        planned = [clip.clip_id for clip in pack.clips]
+        planned = [reader.seen_id(clip) for clip in pack.clips]
         assert batch.clip_ids[: len(planned)].tolist() == planned, (epoch, step, pack.index)
         batches.append(batch)
     return batches

@@ -35,7 +35,7 @@ class Objective(Protocol):
     """What a network is trained to do, and how its output is read."""
 
     def draw(self, batch: PackedBatch, seed: int) -> Draw:
-        """The timesteps and noise of a pack: a function of (seed, batch.epoch, clip ids) alone."""
+        """Timesteps and noise of a pack: a function of seed and the clips' ids and epochs."""
         ...
 
     def fixed_draw(self, batch: PackedBatch, t: float, seed: int) -> Draw:

@@ -70,14 +70,15 @@ class RectifiedFlow:
             )
 
     def draw(self, batch: PackedBatch, seed: int) -> Draw:
-        """A timestep and noise for each clip, from (seed, batch.epoch, clip id)."""
+        """A timestep and noise for each clip, from (seed, its epoch, its id)."""
+        epochs = batch.clip_epochs.tolist()
         t = [
-            self._to_t(float(draws(seed, batch.epoch, clip_id, "timestep").normal(1)[0]))
+            self._to_t(float(draws(seed, epoch, clip_id, "timestep").normal(1)[0]))
             if clip_id >= 0
             else 0.0
-            for clip_id in batch.clip_ids.tolist()
+            for clip_id, epoch in zip(batch.clip_ids.tolist(), epochs, strict=True)
         ]
-        noise = _clip_noise(batch, seed, batch.epoch, "noise")
+        noise = _clip_noise(batch, seed, epochs, "noise")
         return Draw(torch.tensor(t, dtype=torch.float32), noise)
 
     def fixed_draw(self, batch: PackedBatch, t: float, seed: int) -> Draw:
@@ -88,7 +89,7 @@ class RectifiedFlow:
         if not 0 <= t <= 1:
             raise ValueError(f"t={t} must lie in [0, 1]")
         by_clip = torch.where(batch.clip_ids.cpu() >= 0, t, 0.0).float()
-        return Draw(by_clip, _clip_noise(batch, seed, 0, "fixed noise"))
+        return Draw(by_clip, _clip_noise(batch, seed, [0] * batch.num_segments, "fixed noise"))
 
     def loss(self, model: Network, batch: PackedBatch, draw: Draw) -> Tensor:
         """(B,) float32 loss sums by clip: over its loss-bearing tokens, of the mean over P."""
@@ -120,12 +121,13 @@ class RectifiedFlow:
         return (t - (1 - t) * variance) / total * x_t + (variance / total).sqrt() * output
 
 
-def _clip_noise(batch: PackedBatch, seed: int, epoch: int, purpose: str) -> Tensor:
+def _clip_noise(batch: PackedBatch, seed: int, epochs: list[int], purpose: str) -> Tensor:
     """(L, P) float32 on the CPU: each clip's own noise in its rows, zeros elsewhere."""
     num_values = batch.tokens.shape[1]
     noise = torch.zeros(batch.tokens.shape, dtype=torch.float32)
     bounds = batch.cu_seqlens.tolist()
-    for clip_id, (start, end) in zip(batch.clip_ids.tolist(), pairwise(bounds), strict=True):
+    clips = zip(batch.clip_ids.tolist(), epochs, pairwise(bounds), strict=True)
+    for clip_id, epoch, (start, end) in clips:
         if clip_id >= 0:
             values = draws(seed, epoch, clip_id, purpose).normal((end - start) * num_values)
             noise[start:end] = torch.from_numpy(values).view(-1, num_values)

@@ -124,6 +124,7 @@ def _batch(pack: list[_Request], num_values: int) -> PackedBatch:
         text=torch.cat([r.text for r in pack]),
         cu_text=_offsets([r.text.shape[0] for r in pack]),
         clip_ids=torch.tensor([r.index for r in pack]),
+        clip_epochs=torch.zeros(num_clips, dtype=torch.int64),
         clip_weights=torch.ones(num_clips),
         source=torch.zeros(num_clips, dtype=torch.int32),
         fps=torch.tensor([r.prompt.fps for r in pack], dtype=torch.float32),

@@ -8,7 +8,7 @@ import numpy as np
 from torch import nn
 
 from framework.assembly import Assembly
-from framework.sample.contact_sheet import contact_sheet
+from framework.contact_sheet import contact_sheet
 from framework.sample.generate import Prompt, generate
 from framework.storage import Store, join_url
 from framework.video import encode

@@ -30,6 +30,7 @@ class Prefetch(Generic[T]):
         self._queue: queue.Queue[T | _End] = queue.Queue(depth)
         self._closed = threading.Event()
         self._end: _End | None = None
+        self._taken = self._ready = 0
         self._thread = threading.Thread(target=self._run, name="prefetch", daemon=True)
 
     def __enter__(self) -> "Prefetch[T]":
@@ -46,11 +47,19 @@ class Prefetch(Generic[T]):
 
     def __next__(self) -> T:
         if self._end is None:
+            self._taken += 1
+            self._ready += self._queue.qsize()
             item = self._queue.get()
             if not isinstance(item, _End):
                 return item
             self._end = item  # whoever asks again gets the same answer
         raise self._end.error or StopIteration
+
+    def mean_ready(self) -> float:
+        """How many items lay ready when one was asked for, on the average since the last call."""
+        mean = self._ready / max(1, self._taken)
+        self._taken = self._ready = 0
+        return mean
 
     def _run(self) -> None:
         try:

@@ -8,12 +8,13 @@ last execution of each step.
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, distributed
 
+from framework.batch import ReadStats
 from framework.checkpoint import Checkpoints
 from framework.storage import Store
 from framework.tracking import Tracker
@@ -60,6 +61,7 @@ class _Step:
     clips: list[int]
     failed: list[str]
     lost_tokens: int
+    read: ReadStats
 
     @classmethod
     def of(cls, output: StepOutput) -> "_Step":
@@ -79,6 +81,7 @@ class _Step:
             clips=[i for batch in batches for i in batch.clip_ids.tolist() if i >= 0],
             failed=[name for batch in batches for name in batch.failed],
             lost_tokens=int(sum(lengths.sum() for lengths in lost)),
+            read=sum((batch.read for batch in batches), ReadStats()),
         )
 
 
@@ -92,6 +95,7 @@ class Reporter:
         throughput: Throughput,
         show: Callable[[dict[str, Any]], None],
         stop_asked: Callable[[], bool],
+        steps_ready: Callable[[], float],
         *,
         rank: int,
         dp_size: int,
@@ -99,6 +103,7 @@ class Reporter:
     ) -> None:
         self._store, self._tracker, self._throughput, self._show = store, tracker, throughput, show
         self._stop_asked = stop_asked  # rank 0's answer counts
+        self._steps_ready = steps_ready  # prefetched, on the average since it was last asked
         self._rank, self._dp_size, self._train = rank, dp_size, train
         self._pending: list[_Step] = []
         self._rows: list[dict[str, Any]] = []
@@ -125,16 +130,23 @@ class Reporter:
         if not self._pending:
             return False
         stop = self._rank == 0 and self._stop_asked()
-        sums = torch.tensor(
-            [[step.loss_share.item(), step.lost_tokens, len(step.failed)] for step in self._pending]
-            + [[float(stop), 0.0, 0.0]],
+        speed = self._window(len(self._pending))
+        by_step = torch.tensor(
+            [[s.loss_share.item(), s.lost_tokens, len(s.failed)] for s in self._pending],
             dtype=torch.float64,
         )
+        read = sum((step.read for step in self._pending), ReadStats())
+        mine = [*astuple(read), speed.get("data/wait_share", 0.0), self._steps_ready()]
+        by_rank = torch.zeros(self._dp_size, len(mine), dtype=torch.float64)
+        by_rank[self._rank] = torch.tensor(mine, dtype=torch.float64)
+        parts = [torch.tensor([stop], dtype=torch.float64), by_step.flatten(), by_rank.flatten()]
+        summed = torch.cat(parts)
         if self._dp_size > 1:
-            distributed.all_reduce(sums)
-        stop, sums = bool(sums[-1, 0]), sums[:-1]
+            distributed.all_reduce(summed)
+        stopped, steps, ranks = summed.split([len(part) for part in parts])
+        stop, sums = bool(stopped), steps.view_as(by_step)
         rows = list(zip(self._pending, sums.tolist(), strict=True))
-        speed = self._window(len(rows))
+        speed |= _reading(ranks.view_as(by_rank), speed, len(rows))
         for step, (loss, lost_tokens, num_failed) in rows:
             self._failed += step.failed
             row = {"step": step.number, "clips": step.clips, "loss": loss}
@@ -197,3 +209,23 @@ class Reporter:
             "tokens_per_s": self._tokens / self._seconds,
             "wait_share": self._wait_s / self._seconds,
         }
+
+
+def _reading(by_rank: Tensor, speed: dict[str, float], num_steps: int) -> dict[str, float]:
+    """How the data came in a window: sums over ranks a second, means a clip, and the worst rank.
+
+    by_rank: (dp_size, 6), the fields of ReadStats, the share of time spent waiting, steps ready.
+    """
+    clips, size_bytes, fetch_s, decode_s = by_rank[:, :4].sum(dim=0).tolist()
+    if not speed or not clips:
+        return {}
+    seconds = speed["speed/step_s"] * num_steps
+    return {
+        "data/clips_per_s": clips / seconds,
+        "data/mb_per_s": size_bytes / seconds / 1e6,
+        "data/fetch_ms": 1e3 * fetch_s / clips,
+        "data/decode_ms": 1e3 * decode_s / clips,
+        "data/wait_share": by_rank[:, 4].mean().item(),
+        "data/wait_share_worst": by_rank[:, 4].max().item(),
+        "data/steps_ready_worst": by_rank[:, 5].min().item(),
+    }

@@ -144,12 +144,14 @@ def _train(rank: _Rank, engine: Engine, stream: Iterator[tuple[int, list[PackedB
     throughput = Throughput(
         time.perf_counter, peak_tflops=args.train.peak_tflops, num_devices=rank.dp_size
     )
+    prefetch = Prefetch(_inputs(rank, objective, stream), depth=2)
     reporter = Reporter(
         rank.store,
         tracker,
         throughput,
         rank.tell,
         lambda: stop_asked(args.board),
+        prefetch.mean_ready,
         rank=rank.number,
         dp_size=rank.dp_size,
         train=args.train,
@@ -186,7 +188,7 @@ def _train(rank: _Rank, engine: Engine, stream: Iterator[tuple[int, list[PackedB
         return not stop
 
     try:
-        with Prefetch(_inputs(rank, objective, stream), depth=2) as steps:
+        with prefetch as steps:
             train(
                 engine,
                 objective,

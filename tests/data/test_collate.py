@@ -12,6 +12,7 @@ from framework.storage import Store
 
 CLIP = ClipPlan(
     clip_id=7,
+    epoch=0,
     shard="shard-000000.tar",
     key="shard-000000/clip-7",
     offset=4,
@@ -57,11 +58,12 @@ def test_a_clip_that_is_damaged_or_gone_is_a_named_hole(
     store = Store(tmp_path)
     if shard is not None:
         store.write(CLIP.shard, shard)
-    tokens, found = reader(store).tokens(CLIP)
+    ((tokens, found, stats),) = reader(store).read([CLIP])
+    assert (stats.clips, stats.size_bytes) == (1, 8)
     assert np.array_equal(tokens, np.zeros((2, 3), np.float32))
     assert cause in found
 
 
 def test_a_store_that_denies_access_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(PermissionError, match="ACCESS_DENIED"):
-        reader(LockedStore(tmp_path)).tokens(CLIP)
+        list(reader(LockedStore(tmp_path)).read([CLIP]))

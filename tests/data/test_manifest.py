@@ -16,7 +16,7 @@ from framework.data.manifest import (
     clip_id,
     make_manifest,
     read_manifest,
-    table_fingerprint,
+    table_digest,
     write_manifest,
 )
 from framework.storage import Store
@@ -59,7 +59,7 @@ def test_rows_are_sorted_whatever_their_order():
     one, two = make_manifest(table, "/x"), make_manifest(shuffled, "s3://bucket/moved")
     assert one.table.equals(two.table)
     assert one.fingerprint == two.fingerprint  # neither order nor place counts
-    assert (np.diff(one.clip_ids) > 0).all()
+    assert (np.diff(one.table["clip_id"].to_numpy()) > 0).all()
     assert one.shards_url == "file:///x"
     assert len(one) == 20
 
@@ -108,17 +108,17 @@ def test_fingerprint_does_not_see_chunks_or_slices(texts, cut):
     rows = [clip_row(i, captions=captions) for i, captions in enumerate(texts)]
     table = with_scores(pa.Table.from_pylist(rows, SCHEMA))
     pieces = pa.concat_tables([table.slice(0, cut), table.slice(cut)])
-    assert table_fingerprint(pieces) == table_fingerprint(table)
+    assert table_digest(pieces) == table_digest(table)
     # Text that merely moves from one caption or clip to the next is another content.
     joined = [[*captions[:-1], captions[-1] + "|"] for captions in texts]
     moved = pa.Table.from_pylist([clip_row(i, captions=c) for i, c in enumerate(joined)], SCHEMA)
-    assert table_fingerprint(moved) != table_fingerprint(table.select(SCHEMA.names))
+    assert table_digest(moved) != table_digest(table.select(SCHEMA.names))
 
 
 def test_fingerprint_is_stable_for_ever():
     """A change here makes every plan and every run that exists refuse to go on."""
     table = with_scores(clip_table(3))
-    assert make_manifest(table, "/x").fingerprint == "794029d2e0135267993ec53a29fcdde2"
+    assert make_manifest(table, "/x").fingerprint == "3ffe86f7de0f417ba7e13762e58d321b"
     assert clip_id("shard-000000.tar", "k0") == 320137926659870055
 
 
@@ -156,32 +156,40 @@ def test_what_is_not_committed_is_not_read(tmp_path):
         read_manifest(store, "00")
 
 
-@pytest.mark.parametrize("damage", ["other rows", "noise", "no json", "version", "no url"])
+@pytest.mark.parametrize(
+    "damage", ["other rows", "noise", "no part", "no json", "version", "no url", "other parts"]
+)
 def test_a_damaged_manifest_is_refused(tmp_path, damage):
     store = Store(tmp_path)
     manifest = make_manifest(clip_table(), "/x")
     write_manifest(store, manifest)
-    name = f"clips-{manifest.fingerprint}.parquet"
+    folder = f"clips-{manifest.fingerprint}"
+    part = f"{folder}/part-00000.parquet"
     if damage == "other rows":
-        other = manifest.table.slice(1).replace_schema_metadata({"longtake.shards_url": "/x"})
-        pq.write_table(other, tmp_path / name)
+        pq.write_table(manifest.table.slice(1), tmp_path / part)
     elif damage == "noise":
-        store.write(name, b"noise" * 100)
+        store.write(part, b"noise" * 100)
+    elif damage == "no part":
+        store.delete(part)
     elif damage == "no json":
         store.write("manifest.json", b"{")
     elif damage == "version":
         store.write("manifest.json", b"[]")
     else:
-        pq.write_table(manifest.table, tmp_path / name)
+        snapshot = json.loads(store.read(f"{folder}/snapshot.json"))
+        changed = {"parts": ["00"]} if damage == "other parts" else {"shards_url": None}
+        store.write(f"{folder}/snapshot.json", json.dumps(snapshot | changed).encode())
     hint = {
         "other rows": "holds other rows",
         "noise": "is not readable",
+        "no part": "is not readable",
+        "other parts": "is of another manifest",
         "no json": "is not JSON",
         "version": "is not of version",
         "no url": "does not say where",
     }[damage]
     with pytest.raises(ValueError, match=hint):
-        read_manifest(store)
+        read_manifest(store).part(0)
 
 
 @pytest.mark.parametrize(
@@ -212,36 +220,34 @@ def test_wrong_columns_are_refused_by_name():
         make_manifest(clip_table().append_column("mood", pa.array(["sad"] * 6)), "/x")
 
 
-def test_split_is_a_manifest_of_its_own():
-    manifest = make_manifest(clip_table(8), "/x")
-    train, heldout = manifest.split("train"), manifest.split("heldout")
-    assert (len(train), len(heldout)) == (6, 2)
-    assert len({manifest.fingerprint, train.fingerprint, heldout.fingerprint}) == 3
-    assert len(heldout.split("train")) == 0
-    with pytest.raises(ValueError, match="must be one of train, heldout"):
-        manifest.split("validation")
-
-
-def test_take_gives_rows_in_the_order_asked_for():
-    manifest = make_manifest(clip_table(8), "/x")
-    ids = [clip_id("shard-000000.tar", f"k{i}") for i in (5, 0, 5)]
-    assert manifest.take(ids)["key"].to_pylist() == ["k5", "k0", "k5"]
-    for missing in (3, 2**63 - 1):
-        with pytest.raises(KeyError, match=f"no clip {missing}"):
-            manifest.take([ids[0], missing])
-
-
 def test_shards_may_move():
     manifest = make_manifest(clip_table(), "/old")
     moved = dataclasses.replace(manifest, shards_url="s3://bucket/new")
-    assert moved.shard_url("a/x.tar") == "s3://bucket/new/a/x.tar"
-    assert moved.shard_url("s3://elsewhere/x.tar") == "s3://elsewhere/x.tar"
-    assert manifest.sources == ("a", "b")
-    assert pickle.loads(pickle.dumps(manifest)).fingerprint == manifest.fingerprint
+    assert moved.fingerprint == manifest.fingerprint
+    assert moved.first_shard == "shard-000000.tar"
+    assert moved.sources == ("a", "b")
 
 
 def test_an_empty_table_is_a_manifest():
-    assert len(make_manifest(SCHEMA.empty_table(), "/x")) == 0
+    manifest = make_manifest(SCHEMA.empty_table(), "/x")
+    assert (len(manifest), manifest.first_shard, manifest.num_parts) == (0, "", 1)
+
+
+def test_parts_are_ranges_of_ids(tmp_path):
+    table = with_scores(clip_table(100))
+    manifest = make_manifest(table, "/x", part_rows=16)
+    assert manifest.num_parts == 8
+    parts = [manifest.part(i) for i in range(8)]
+    assert sum(part.num_rows for part in parts) == 100
+    assert max(part.num_rows for part in parts) < 32  # ids are hashes: a part is a random sample
+    whole = make_manifest(table, "/x")
+    assert manifest.table.equals(whole.table)
+    assert (np.diff(manifest.table["clip_id"].to_numpy()) > 0).all()
+    write_manifest(Store(tmp_path), manifest)
+    back = read_manifest(Store(tmp_path))
+    assert back.fingerprint == manifest.fingerprint
+    assert back.part(5).equals(parts[5])
+    assert pickle.loads(pickle.dumps(back)).part(5).equals(parts[5])
 
 
 def test_clip_ids_fit_int64_and_differ():

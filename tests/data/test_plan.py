@@ -22,6 +22,16 @@ ASPECTS = ((16, 9), (4, 3), (1, 1))
 class Clips:
     table: pa.Table
     fingerprint: str = "clips"
+    num_parts: int = 1
+    scores: tuple[str, ...] = ()
+
+    @property
+    def sources(self) -> list[str]:
+        return sorted(self.table["source"].unique().to_pylist())
+
+    def part(self, index: int) -> pa.Table:
+        part = self.table["clip_id"].to_numpy() % self.num_parts == index
+        return self.table.filter(pa.array(part))
 
 
 def log_normal_clips(count: int, areas: tuple[int, ...], seed: int = 0) -> Clips:
@@ -65,6 +75,10 @@ RECIPE = Recipe(
     window_steps=4,
     seed=3,
 )
+
+
+def pack_cost(tokens) -> int:
+    return int(RECIPE.cost.clip_costs(np.array(list(tokens))).sum())
 
 
 def num_text_tokens(caption: str) -> int:
@@ -236,7 +250,7 @@ def test_the_planner_has_not_changed_unnoticed(tmp_path):
         [[[(c.key, c.view, c.caption) for c in p.clips] for p in s] for s in all_packs(plan)]
     )
     found = hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
-    assert found == "f0c2f9d36333b29a"
+    assert found == "1d5e44491c8d50c3"
 
 
 def test_totals_and_summary_agree_with_the_packs(plan):
@@ -245,7 +259,7 @@ def test_totals_and_summary_agree_with_the_packs(plan):
     maxima = means = 0.0
     for step, packs in enumerate(packs_by_step):
         real = [clip for pack in packs for clip in pack.clips if not clip.dummy]
-        costs = [RECIPE.cost.pack_cost(clip.tokens for clip in p.clips) for p in packs]
+        costs = [pack_cost(clip.tokens for clip in p.clips) for p in packs]
         totals = plan.totals(0, step)
         assert totals.packs == sum(not pack.dummy for pack in packs)
         assert totals.clips == len(real)
@@ -266,16 +280,17 @@ def test_cost_sorting_balances_steps(plan):
     packs = np.array_split(np.random.default_rng(0).permutation(len(tokens)), 96)
 
     def imbalance(steps):
-        costs = np.array([[RECIPE.cost.pack_cost(tokens[p].tolist()) for p in s] for s in steps])
+        costs = np.array([[pack_cost(tokens[p]) for p in s] for s in steps])
         return costs.max(axis=1).sum() / costs.mean(axis=1).sum()
 
     recipe = replace(RECIPE, window_steps=12)
     in_order = [packs[i : i + 8] for i in range(0, 96, 8)]
-    dealt = deal_steps([pack.tolist() for pack in packs], tokens, recipe, 0, 0)
+    costs = np.array([RECIPE.cost.clip_costs(tokens[pack]).sum() for pack in packs])
+    dealt = [[packs[i] for i in step] for step in deal_steps(costs, recipe, 0, 0)]
     assert sorted(i for s in dealt for p in s for i in p) == list(range(len(tokens)))
     assert imbalance(dealt) - 1 < (imbalance(in_order) - 1) / 3
     # The steps themselves are shuffled: their costs neither rise nor fall.
-    sums = [sum(RECIPE.cost.pack_cost(tokens[p].tolist()) for p in s) for s in dealt]
+    sums = [sum(pack_cost(tokens[p]) for p in s) for s in dealt]
     assert sums != sorted(sums)
     assert sums != sorted(sums, reverse=True)
 
@@ -372,6 +387,7 @@ def test_mistakes_are_answered(plan, tmp_path):
         ({"policy": "best"}, "policy='best'"),
         ({"global_batch_packs": 0}, "global_batch_packs=0 must be at least 1"),
         ({"drop_caption": 1.5}, "drop_caption=1.5"),
+        ({"sources": {"web": 0.0}}, "sources.web=0.0"),
         ({"max_tokens": 15}, "max_tokens=15 must hold the smallest view.*try 16"),
         ({"geometry": Geometry(4, 16, False, (1, 2, 2))}, "height must be divisible by 32"),
     ],
@@ -388,4 +404,51 @@ def test_a_cost_that_cannot_be(changes):
 
 
 def test_cost_by_hand():
-    assert CostModel(linear=10, quadratic=2).pack_cost([3, 1]) == 10 * 4 + 2 * (9 + 1)
+    costs = CostModel(linear=10, quadratic=2).clip_costs(np.array([3, 1, 10**6], np.int32))
+    assert costs.tolist() == [10 * 3 + 2 * 9, 10 + 2, 10**7 + 2 * 10**12]
+
+
+def test_parts_give_every_clip_once_and_a_plan_of_their_own(tmp_path):
+    clips = replace(CLIPS, num_parts=4, fingerprint="in four parts")
+    plan = make(Store(tmp_path), clips)
+    planned = [clip.key for clip in real_clips(plan)] + [key for key, _ in plan.refused(0)]
+    assert sorted(planned) == sorted(CLIPS.table["key"].to_pylist())
+    assert plan.summary(0).offered == 300
+    # One pack at most is part-filled for each source of disorder: parts do not show in the fill.
+    assert plan.summary(0).fill > make(Store(tmp_path / "one")).summary(0).fill - 0.02
+
+
+def test_sources_come_by_weight_over_epochs(tmp_path):
+    weights = {"web": 3.0, "film": 1.0}
+    recipe = replace(RECIPE, sources=weights, lookahead=4)
+    store = Store(tmp_path)
+    with pytest.raises(ValueError, match=r"epoch 0 of .* is not made yet"):
+        make(store, recipe=recipe, epoch=1)
+    plan = make(store, recipe=recipe)
+    make(store, recipe=recipe, epoch=1)
+    seen = Counter()
+    for epoch in (0, 1):
+        clips = real_clips(plan, epoch)
+        assert len(clips) == 300  # as many as there are
+        share = Counter(clip.source for clip in clips)
+        assert abs(share["web"] - 225) <= 1
+        seen.update((clip.source, clip.epoch, clip.key) for clip in clips)
+    assert max(seen.values()) == 1  # never twice in a pass
+    usable = len(real_clips(make(store)))
+    first = [clip for clip in seen if clip[:2] == ("web", 0)]
+    assert usable / 2 * 0.9 < len(first) <= 150  # a whole pass of the 150 clips of the web
+
+
+def test_where_leaves_clips_out_and_says_so(tmp_path):
+    plan = make(Store(tmp_path), recipe=replace(RECIPE, where="source == 'web' and height >= 96"))
+    assert {clip.source for clip in real_clips(plan)} == {"web"}
+    summary = plan.summary(0)
+    assert summary.filtered + summary.offered == 300
+    assert f"left out by data.where: {summary.filtered}" in str(summary)
+    recipe = replace(RECIPE, where="height > 1000")
+    with pytest.raises(ValueError, match="none of 300 clips of split 'train' passes where="):
+        make(Store(tmp_path), recipe=recipe)
+    with pytest.raises(ValueError, match="no column 'hieght'; did you mean height"):
+        make(Store(tmp_path), recipe=replace(RECIPE, where="hieght > 1"))
+    with pytest.raises(ValueError, match="sources names 'wep'; the manifest has film, web"):
+        make(Store(tmp_path), recipe=replace(RECIPE, sources={"wep": 1.0}))

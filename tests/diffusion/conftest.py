@@ -40,11 +40,11 @@ def make_pack() -> PackMaker:
             text=torch.arange(2 * len(clip_ids)),
             cu_text=text_sizes.cumsum(0).int(),
             clip_ids=torch.tensor([*clip_ids, -1]),
+            clip_epochs=torch.full((len(clip_ids) + 1,), epoch),
             clip_weights=torch.tensor([*(weights or [1.0] * len(clip_ids)), 0.0]),
             source=torch.zeros(len(clip_ids) + 1, dtype=torch.int32),
             fps=torch.full((len(clip_ids) + 1,), 8.0),
             given_mask=given_mask,
-            epoch=epoch,
         )
 
     return make

@@ -41,6 +41,7 @@ def pack(
         text=torch.zeros(num_segments, dtype=torch.int64),
         cu_text=torch.arange(num_segments + 1).int(),
         clip_ids=torch.tensor([*clips, -1]),
+        clip_epochs=torch.zeros(num_segments, dtype=torch.int64),
         clip_weights=torch.tensor([*(weights or [1.0] * len(clips)), 0.0]),
         source=torch.zeros(num_segments, dtype=torch.int32),
         fps=torch.full((num_segments,), 8.0),

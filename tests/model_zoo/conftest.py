@@ -45,6 +45,7 @@ def _make_pack(
         text=text,
         cu_text=_cumulated(text_lengths),
         clip_ids=torch.arange(num_segments),
+        clip_epochs=torch.zeros(num_segments, dtype=torch.int64),
         clip_weights=weights,
         source=torch.zeros(num_segments, dtype=torch.int32),
         fps=torch.full((num_segments,), 8.0),

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from framework.sample.contact_sheet import contact_sheet
+from framework.contact_sheet import contact_sheet
 
 
 def picture(data: bytes) -> np.ndarray:

@@ -1,0 +1,117 @@
+"""A filter over the manifest's columns, such as `motion > 0.2 and aesthetic > 4.5`.
+
+The text is Python's syntax of comparisons, `and`, `or`, `not`, `in`, `+ - * /`, numbers and quoted
+texts; it is read into an Arrow expression and never run. A clip that has no such score does not
+pass a comparison with it.
+"""
+
+import ast
+import difflib
+import functools
+import operator
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
+
+import pyarrow.compute as pc
+
+# What a filter may ask beside the scores.
+COLUMNS = ("num_frames", "fps", "height", "width", "size_bytes", "source", "shard", "key", "video")
+
+_COMPARE: dict[type, Callable[[Any, Any], Any]] = {
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
+    ast.Eq: operator.eq,
+    ast.NotEq: operator.ne,
+}
+_ARITHMETIC: dict[type, Callable[[Any, Any], Any]] = {
+    ast.Add: pc.add,
+    ast.Sub: pc.subtract,
+    ast.Mult: pc.multiply,
+    ast.Div: pc.divide,
+}
+
+
+def parse_where(text: str, scores: Sequence[str]) -> pc.Expression:
+    """The filter as an expression for `pyarrow.Table.filter`.
+
+    scores: the manifest's score columns. ValueError says what is wrong, and for an unknown name
+    which is nearest.
+    """
+    try:
+        node = ast.parse(text.strip(), mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise ValueError(f"where={text!r} cannot be read: {error}") from error
+    if not isinstance(node, ast.Compare | ast.BoolOp | ast.UnaryOp):
+        raise ValueError(f'where={text!r} compares nothing; try "height >= 480"')
+    return _Reader(text, (*scores, *COLUMNS)).condition(node)
+
+
+class _Reader:
+    def __init__(self, text: str, names: tuple[str, ...]) -> None:
+        self.text = text
+        self.names = names
+
+    def condition(self, node: ast.expr) -> pc.Expression:
+        """What is true or false."""
+        match node:
+            case ast.BoolOp(op=op, values=values):
+                join = operator.and_ if isinstance(op, ast.And) else operator.or_
+                return functools.reduce(join, map(self.condition, values))
+            case ast.UnaryOp(op=ast.Not(), operand=operand):
+                return ~self.condition(operand)
+            case ast.Compare(left=left, ops=ops, comparators=rights):
+                pairs = zip(ops, pairwise([left, *rights]), strict=True)
+                parts = [self._comparison(op, *pair) for op, pair in pairs]
+                return functools.reduce(operator.and_, parts)
+        raise self._wrong(node)
+
+    def _comparison(self, op: ast.cmpop, left: ast.expr, right: ast.expr) -> pc.Expression:
+        if isinstance(op, ast.In | ast.NotIn) and isinstance(right, ast.List | ast.Tuple):
+            values = [self._constant(value) for value in right.elts]
+            found = _expression(self._value(left)).isin(values)
+            return found if isinstance(op, ast.In) else ~found
+        if type(op) not in _COMPARE:
+            raise self._wrong(right)
+        return _COMPARE[type(op)](*(_expression(self._value(side)) for side in (left, right)))
+
+    def _value(self, node: ast.expr) -> Any:
+        """A column, a constant, or what is reckoned of them."""
+        match node:
+            case ast.Name(id=name):
+                if name not in self.names:
+                    near = difflib.get_close_matches(name, self.names, 1)
+                    hint = f"did you mean {near[0]}?" if near else ""
+                    have = ", ".join(self.names)
+                    raise ValueError(
+                        f"where={self.text!r}: no column {name!r}; {hint} There are {have}"
+                    )
+                return pc.field(name)
+            case ast.BinOp(op=op, left=left, right=right) if type(op) in _ARITHMETIC:
+                sides = [self._value(left), self._value(right)]
+                if isinstance(op, ast.Div):  # of whole numbers Arrow would drop the rest
+                    sides[0] = _expression(sides[0]).cast("double")
+                return _ARITHMETIC[type(op)](*map(_expression, sides))
+        return self._constant(node)
+
+    def _constant(self, node: ast.expr) -> Any:
+        match node:
+            case ast.Constant(value=bool() | None):
+                raise self._wrong(node)
+            case ast.Constant(value=int() | float() | str() as value):
+                return value
+            case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as value)):
+                return -value
+        raise self._wrong(node)
+
+    def _wrong(self, node: ast.expr) -> ValueError:
+        return ValueError(
+            f"where={self.text!r}: {ast.unparse(node)!r} is not a comparison of columns, numbers "
+            "and texts"
+        )
+
+
+def _expression(value: Any) -> pc.Expression:
+    return value if isinstance(value, pc.Expression) else pc.scalar(value)
