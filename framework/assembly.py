@@ -150,7 +150,6 @@ class Assembly:
                 say(str(plan.summary(0)))
             planned += plan.num_steps(epoch)
             epoch += 1
-        say(f"{steps:,} steps are {steps / plan.num_steps(0):.1f} epochs")
         return plan
 
     def build_model(self) -> nn.Module:

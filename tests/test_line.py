@@ -12,6 +12,7 @@ from framework.storage import Store
 from framework.train.report import read_ledger
 from framework.video import probe
 
+READING = ("clips_per_s", "mb_per_s", "decode_ms", "fetch_ms", "wait_share_worst")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
@@ -67,6 +68,9 @@ def check_mlflow(uri: str) -> None:
     losses = client.get_metric_history(found.info.run_id, "train/loss")
     assert [point.step for point in losses] == list(range(12))
     assert found.data.params["train.steps"] == "12"
+    reading = {name: found.data.metrics[f"data/{name}"] for name in READING}
+    assert all(value >= 0 for value in reading.values()), reading
+    assert min(reading["clips_per_s"], reading["mb_per_s"], reading["decode_ms"]) > 0
     assert any(a.path == "samples" for a in client.list_artifacts(found.info.run_id))
 
 

@@ -137,7 +137,13 @@ def index(
     each shard. ValueError where there is no shard or no clip. A shard that the store does not give
     ends the job with a RuntimeError: a manifest without it would be worse than none.
     """
-    config = config or IndexConfig()
+    config, shards = config or IndexConfig(), find_shards(shards_url)
+    url = normalize_url(shards_url)
+    return write_index(url, manifest_url, _index_on_ray(url, shards, config, on_progress))
+
+
+def find_shards(shards_url: str) -> list[str]:
+    """The names of all `*.tar` below a URL; ValueError where there is none."""
     store = Store(shards_url)
     names = store.list()
     if packed := [name for name in names if name.endswith(COMPRESSED)]:
@@ -148,8 +154,7 @@ def index(
     shards = [name for name in names if name.endswith(".tar")]
     if not shards:
         raise ValueError(f"shards_url={store.url!r} has no file that ends in .tar; check the URL")
-    found = _index_on_ray(store.url, shards, config, on_progress)
-    return write_index(store.url, manifest_url, found)
+    return shards
 
 
 def write_index(shards_url: str, manifest_url: str, found: dict[str, ShardIndex]) -> IndexReport:
@@ -384,8 +389,9 @@ if __name__ == "__main__":
     def main(config: RunConfig) -> None:
         """Index `data.shards` into `data.manifest`."""
         # This module runs under the name __main__; Ray's workers want it under its own.
-        from framework.data.index import IndexConfig, index
+        from framework.data.index import IndexConfig, find_shards, index
 
+        find_shards(config.data.shards)  # a mistake is answered before Ray starts
         connect(config.cluster)
         chosen = IndexConfig(heldout_fraction=config.data.heldout_fraction)
         print(index(config.data.shards, config.data.manifest, chosen))

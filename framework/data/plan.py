@@ -482,6 +482,7 @@ if __name__ == "__main__":
         assembly.check()
         read_manifest(config.data.manifest)
         run = claim(config.run, flatten(to_mapping(config)))
-        assembly.make_plan(run, config.train.steps, print)
+        plan = assembly.make_plan(run, config.train.steps, print)
+        print(plan.epochs_of(config.train.steps))
 
     entry(main)

@@ -6,6 +6,7 @@ step by one look into the index and one window file, whose row groups hold a few
 
 import functools
 import json
+import time
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
@@ -142,6 +143,10 @@ class PlanSummary:
         )
 
 
+class NotMadeYet(ValueError):
+    """An epoch whose plan is not committed."""
+
+
 class Plan:
     """A reader of one plan; picklable, and cheap to ask at random."""
 
@@ -178,6 +183,20 @@ class Plan:
         while step and step >= (num_steps := self.num_steps(epoch)):
             epoch, step = epoch + 1, step - num_steps
         return epoch, step
+
+    def wait_for(self, global_step: int, poll_s: float = 1.0) -> None:
+        """Wait until the epoch of a step is made: the driver makes one while another trains."""
+        while True:
+            try:
+                self._index(self.locate(global_step)[0])
+            except NotMadeYet:
+                time.sleep(poll_s)
+            else:
+                return
+
+    def epochs_of(self, steps: int) -> str:
+        """How many epochs so many steps are, in words."""
+        return f"  {steps:,} steps are {steps / self.num_steps(0):.1f} epochs"
 
     def totals(self, epoch: int, step: int) -> StepTotals:
         """Sums over a step of an epoch."""
@@ -246,7 +265,7 @@ class Plan:
         try:
             return _read_index(self.store.url, epoch)
         except FileNotFoundError as error:
-            raise ValueError(
+            raise NotMadeYet(
                 f"epoch {epoch} of plan {self.digest} is not made yet; make more of the plan"
             ) from error
 

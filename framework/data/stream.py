@@ -133,6 +133,7 @@ def _make_segment(
     loader: _PackLoader, config: StreamConfig, context: DataContext, segment: range
 ) -> Iterator[Arrays]:
     """Run the tasks of a segment to their end; then its rows, fetched one by one."""
+    loader.plan.wait_for(segment[-1])
     num_rows = len(segment) * loader.packs_per_step
     num_tasks = -(-len(segment) // config.steps_per_task)
     with DataContext.current(context):  # a dataset keeps the context that it was made in

@@ -4,6 +4,7 @@ It holds no training state. Killed and started again by the same command, it fin
 name, and the workers go on from the latest committed checkpoint, in the same MLflow run.
 """
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,8 +83,10 @@ def train(job: Job, show: Callable[[Line], None], store: Store) -> Result:
     SIGTERM ended it.
     """
     show({"stage": "planning"})
-    plan = job.assembly.make_plan(store, job.train.steps, lambda text: show({"text": text}))
     latest = Checkpoints(store.child("checkpoints")).latest()
+    first = latest.step if latest is not None and latest.step < job.train.steps else 0
+    plan = job.assembly.make_plan(store, first + 1, lambda text: show({"text": text}))
+    show({"text": plan.epochs_of(job.train.steps)})
     if latest is not None:
         _check_plan(latest, plan, store)
         if latest.step == job.train.steps:
@@ -114,13 +117,17 @@ def train(job: Job, show: Callable[[Line], None], store: Store) -> Result:
         threads=job.cluster.threads_per_worker,
         board=board,
     )
+    ahead = _PlanAhead(job, store)
     try:
-        stopped = follow(board, _trainer(job.cluster, store, args).fit, show)
+        stopped = follow(board, _trainer(job.cluster, store, args).fit, show, ahead.check)
     except TrainingFailedError as error:
         _close(job, store, "FAILED")
         raise SystemExit(f"training failed in {store.url}: {error}") from error
     except Stopped:
         _close(job, store, "KILLED")
+        raise
+    except (ValueError, OSError):  # of planning ahead
+        _close(job, store, "FAILED")
         raise
     if why := ray.get(board.refusal.remote()):
         _close(job, store, "FAILED")
@@ -133,6 +140,26 @@ def train(job: Job, show: Callable[[Line], None], store: Store) -> Result:
     assert checkpoint is not None, store.url
     assert checkpoint.step == job.train.steps, checkpoint
     return Result(store, checkpoint, run_id, plan)
+
+
+class _PlanAhead:
+    """Makes the epochs that training will come to, while the ones before them train."""
+
+    def __init__(self, job: Job, store: Store) -> None:
+        self._raised: Exception | None = None
+
+        def run() -> None:
+            try:
+                job.assembly.make_plan(store, job.train.steps, lambda text: None)
+            except Exception as error:
+                self._raised = error
+
+        threading.Thread(target=run, name="plan ahead", daemon=True).start()
+
+    def check(self) -> None:
+        """Raise what planning raised: the workers would wait for its next epoch for ever."""
+        if self._raised is not None:
+            raise self._raised
 
 
 def _trainer(cluster: ClusterConfig, store: Store, args: WorkerArgs) -> TorchTrainer:

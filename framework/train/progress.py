@@ -97,10 +97,12 @@ class Interrupts:
             raise Stopped("stopped at once; the same command goes on from the last checkpoint")
 
 
-def follow(board: Any, fit: Callable[[], object], show: Callable[[Line], None]) -> bool:
+def follow(
+    board: Any, fit: Callable[[], object], show: Callable[[Line], None], check: Callable[[], None]
+) -> bool:
     """Run `fit` to its end, showing the board's lines; whether a stop was asked for meanwhile.
 
-    What `fit` raises is raised here.
+    `check` is called every second. What either raises is raised here.
     """
     raised: list[BaseException] = []
 
@@ -122,6 +124,7 @@ def follow(board: Any, fit: Callable[[], object], show: Callable[[Line], None]) 
                 show({"text": "stopping after a checkpoint; once more to stop at once"})
                 board.ask_stop.remote()
             _show_lines(board, show)
+            check()
     if raised:
         raise raised[0]
     return told

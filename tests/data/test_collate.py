@@ -1,14 +1,18 @@
 """A clip that is damaged or gone is a hole; a store that does not answer is an error."""
 
+import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from framework.data.collate import ClipReader
-from framework.data.plan import ClipPlan
-from framework.data.views import View
+from framework.data.collate import ClipReader, assemble, to_batch
+from framework.data.cost import CostModel
+from framework.data.plan import ClipPlan, PackPlan, Recipe
+from framework.data.views import Geometry, View, ViewConfig
 from framework.storage import Store
+from framework.video import encode
 
 CLIP = ClipPlan(
     clip_id=7,
@@ -67,3 +71,31 @@ def test_a_clip_that_is_damaged_or_gone_is_a_named_hole(
 def test_a_store_that_denies_access_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(PermissionError, match="ACCESS_DENIED"):
         list(reader(LockedStore(tmp_path)).read([CLIP]))
+
+
+def test_a_clip_that_is_taken_out_leaves_a_hole_and_is_not_read(tmp_path: Path) -> None:
+    video = encode(np.full((2, 8, 8, 3), 99, np.uint8), 8.0)
+    store = Store(tmp_path)
+    store.write(CLIP.shard, b"....." + video)
+    kept = replace(CLIP, clip_id=8, epoch=3, offset=5, size_bytes=len(video))
+    kept = replace(kept, checksum=zlib.crc32(video))
+    recipe = Recipe(
+        views=ViewConfig(frames=(2,), sizes=((8, 8),)),
+        geometry=Geometry(1, 8, False, (1, 1, 1)),
+        cost=CostModel(1),
+        max_tokens=6,
+        max_text_tokens=3,
+        max_clips=3,
+        global_batch_packs=1,
+    )
+    pack = PackPlan((CLIP, kept), 0)  # the first is damaged: were it read, it would be named
+    batch = to_batch(
+        assemble(pack, replace(reader(store), exclude=frozenset({7})), recipe), 0, 0, 0
+    )
+    assert batch.failed == ()
+    assert batch.clip_ids.tolist() == [-1, 8, -1, -1]
+    assert batch.clip_epochs.tolist() == [0, 3, 0, 0]
+    assert batch.clip_weights.tolist() == [0, 1, 0, 0]
+    assert batch.cu_seqlens.tolist() == [0, 2, 4, 4, 6]  # its place is kept
+    assert batch.loss_mask.tolist() == [0, 0, 1, 1, 0, 0]
+    assert batch.read.clips == 1

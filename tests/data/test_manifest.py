@@ -15,6 +15,7 @@ from framework.data.manifest import (
     checksum,
     clip_id,
     make_manifest,
+    read_clip_ids,
     read_manifest,
     table_digest,
     write_manifest,
@@ -271,3 +272,15 @@ def test_split_stays_when_data_grows_and_has_the_share_asked_for():
     for fraction in (-0.1, 1.0):
         with pytest.raises(ValueError, match="heldout_fraction"):
             assign_split(videos, fraction)
+
+
+def test_clips_to_take_out_are_read_from_a_file(tmp_path):
+    path = tmp_path / "bad.txt"
+    path.write_text("# shown twice\n123\n\nshard-000000.tar k0\na.tar a key of words \n")
+    wanted = {123, clip_id("shard-000000.tar", "k0"), clip_id("a.tar", "a key of words")}
+    assert read_clip_ids(str(path)) == wanted
+    path.write_text("123\nshard-only\n")
+    with pytest.raises(ValueError, match="line 2: 'shard-only' is neither"):
+        read_clip_ids(str(path))
+    with pytest.raises(ValueError, match="is not a text file of clips"):
+        read_clip_ids(str(tmp_path / "none.txt"))

@@ -2,6 +2,7 @@
 
 import hashlib
 import pickle
+import threading
 from collections import Counter
 from dataclasses import dataclass, replace
 
@@ -452,3 +453,17 @@ def test_where_leaves_clips_out_and_says_so(tmp_path):
         make(Store(tmp_path), recipe=replace(RECIPE, where="hieght > 1"))
     with pytest.raises(ValueError, match="sources names 'wep'; the manifest has film, web"):
         make(Store(tmp_path), recipe=replace(RECIPE, sources={"wep": 1.0}))
+
+
+def test_a_reader_waits_for_an_epoch_in_the_making(tmp_path):
+    plan = make(Store(tmp_path))
+    beyond = plan.num_steps(0)
+    plan.wait_for(beyond - 1)
+    waiter = threading.Thread(target=plan.wait_for, args=(beyond, 0.01), daemon=True)
+    waiter.start()
+    waiter.join(0.2)
+    assert waiter.is_alive()
+    make(Store(tmp_path), epoch=1)
+    waiter.join(60)
+    assert not waiter.is_alive()
+    assert plan.locate(beyond) == (1, 0)

@@ -1,8 +1,11 @@
-"""Both engines on real gloo ranks. This file is also the script that a rank runs."""
+"""Both engines on real gloo ranks. This file is also the script that starts the ranks."""
 
+import contextlib
 import dataclasses
 import math
+import multiprocessing.connection
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -209,7 +212,29 @@ TOGETHER = {1: "train+reshard", 2: "train+odd", 3: "train+reshard", 4: "train"}
 
 
 def main() -> None:
-    jobs, rank, world, folder = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
+    """Import once, then fork the ranks; 0 where all of them ended well."""
+    jobs, world, folder = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed  # noqa: F401
+
+    context = multiprocessing.get_context("fork")
+    ranks = [
+        context.Process(target=rank_main, args=(jobs, rank, world, folder), daemon=True)
+        for rank in range(world)
+    ]
+    for process in ranks:
+        process.start()
+    while alive := [process.sentinel for process in ranks if process.is_alive()]:
+        multiprocessing.connection.wait(alive)
+        if any(p.exitcode not in (None, 0) for p in ranks):
+            break  # the others would wait for it
+    sys.exit(any(p.exitcode != 0 for p in ranks))
+
+
+def rank_main(jobs: str, rank: int, world: int, folder: Path) -> None:
+    log = os.open(folder / f"{jobs}-{world}-{rank}.log", os.O_WRONLY | os.O_CREAT)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     distributed.init_process_group(
@@ -241,22 +266,18 @@ class Ranks:
     def _start(self, jobs: str, world: int) -> None:
         environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
         environment["PYTHONPATH"] = str(Path(__file__).parents[2])
-        logs = [self.folder / f"{jobs}-{world}-{rank}.log" for rank in range(world)]
-        ranks = [
-            subprocess.Popen(
-                [sys.executable, __file__, jobs, str(rank), str(world), str(self.folder)],
-                env=environment,
-                stdout=logs[rank].open("w"),
-                stderr=subprocess.STDOUT,
-            )
-            for rank in range(world)
-        ]
+        process = subprocess.Popen(
+            [sys.executable, __file__, jobs, str(world), str(self.folder)],
+            env=environment,
+            start_new_session=True,
+        )
         try:
-            codes = [rank.wait(timeout=280) for rank in ranks]
+            code = process.wait(timeout=280)
         finally:
-            for process in ranks:
-                process.kill()
-        assert codes == [0] * world, "\n".join(log.read_text()[-3000:] for log in logs)
+            with contextlib.suppress(ProcessLookupError):  # ranks that wait for one that is gone
+                os.killpg(process.pid, signal.SIGKILL)
+        logs = self.folder.glob(f"{jobs}-{world}-*.log")
+        assert code == 0, "\n".join(log.read_text()[-3000:] for log in logs)
 
     def saved(self, name: str) -> dict[str, Tensor]:
         """All tensors of a saved state, whole."""

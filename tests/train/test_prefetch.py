@@ -20,6 +20,21 @@ def test_items_come_in_order_and_end() -> None:
     assert not prefetch_threads()
 
 
+def test_how_many_lay_ready_is_the_mean_since_it_was_asked() -> None:
+    produced = threading.Semaphore(0)
+
+    def items() -> Iterator[int]:
+        yield from range(4)
+        produced.release()  # all four are in the queue, or taken
+
+    with Prefetch(items(), depth=4) as ready:
+        assert produced.acquire(timeout=60)
+        assert [next(ready) for _ in range(4)] == [0, 1, 2, 3]
+        mean = ready.mean_ready()
+        assert 2.5 <= mean <= 3.5  # 4, 3, 2, 1, and the end of it where that came in time
+        assert ready.mean_ready() == 0
+
+
 def test_an_error_comes_after_the_items_before_it() -> None:
     def broken() -> Iterator[int]:
         yield 1

@@ -144,6 +144,7 @@ def main(folder: Path, trouble: str) -> None:
     checks = check_workers(Store(run), f"{folder}/clips", "shard-000000.tar", CPU)
     found = {check.name: str(check) for check in checks}
     (folder / f"found-{rank}.json").write_text(json.dumps(found))
+    distributed.destroy_process_group()  # else its threads end with the process, or abort it
 
 
 if __name__ == "__main__":
