@@ -18,7 +18,7 @@ from framework.data.collate import ClipReader
 from framework.data.config import DataConfig
 from framework.data.cost import CostModel
 from framework.data.manifest import Manifest, read_clip_ids, read_manifest
-from framework.data.plan import Plan, make_epoch
+from framework.data.plan import Plan, check_choice, make_epoch
 from framework.data.recipe import Recipe
 from framework.data.views import Geometry
 from framework.diffusion.objective import Objective
@@ -124,6 +124,10 @@ class Assembly:
         self.recipe()
         self.num_parameters()
         self.build_objective()
+
+    def check_data(self) -> None:
+        """ValueError where there is no manifest, or it lacks what the recipe asks for."""
+        check_choice(read_manifest(self.data.manifest), self.recipe())
 
     def num_parameters(self) -> int:
         """Of the denoiser, counted without memory for it."""

@@ -223,6 +223,8 @@ TYPED = {
     "an unknown scheme": ("run.root=http://host/x", "scheme 'http' is not supported"),
     "no bucket": ("run.root=s3://", "names no bucket; write s3://bucket/prefix"),
     "a plain file store for MLflow": ("tracking.uri=./mlruns", "must start with one of http"),
+    "a misspelt column": ('data.where="hieght>4"', "did you mean height?"),
+    "an unknown source": ("data.sources.wep=1", "sources names 'wep'"),
     "no manifest": ("data.manifest=/nowhere", "no manifest"),
     "a file in the folder's place": ("run.root={tmp_path}/file", "Not a directory"),
 }

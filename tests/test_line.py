@@ -1,7 +1,6 @@
 """The whole line in small, through the real parts: the demo, then each stage as a command."""
 
 import json
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,10 +17,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 def test_the_demo_and_then_each_command_on_its_run(
     small_line: list[str],
-    start: Callable[..., "subprocess.Popen[str]"],
     finish: Callable[..., str],
     tmp_path: Path,
 ) -> None:
+    small_line = [*small_line, "cluster.num_workers=1"]
     run = tmp_path / "runs/small"
     printed = finish("framework.demo", *small_line)
     assert "mlflow server" in printed
@@ -38,12 +37,6 @@ def test_the_demo_and_then_each_command_on_its_run(
     assert "all 12 steps are done already" in finish("framework.train", *small_line)
     assert "evaluated already" in finish("framework.evaluate", *small_line)
     check_samples(finish, small_line, run)
-
-    process = start("framework.data.plan", *small_line, "optimizer.lr=0.5")
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 2
-    assert "optimizer.lr" in output
-    assert "Traceback" not in output
 
 
 def check_run(run: Path) -> None:

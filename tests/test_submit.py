@@ -22,6 +22,7 @@ from framework.storage import Store
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
+WHERE = "source != 'none' and height >= 16"  # spaces, quotes, signs
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 
@@ -114,7 +115,11 @@ def answers(url: str) -> bool:
 
 
 def test_the_line_runs_as_a_job(
-    cluster: Cluster, small_line: list[str], small_data: list[str], tmp_path: Path
+    cluster: Cluster,
+    small_line: list[str],
+    small_data: list[str],
+    start: Callable[..., "subprocess.Popen[str]"],
+    tmp_path: Path,
 ) -> None:
     # Another version than the installed one: what runs must be what was sent.
     code = tmp_path / "code"
@@ -123,8 +128,9 @@ def test_the_line_runs_as_a_job(
     init = code / "framework/__init__.py"
     init.write_text(init.read_text().replace("__version__ = ", '__version__ = "sent-" + '))
 
-    line = [*small_line, *small_data, "tracking.experiment=two words", "optimizer.lr=5e-4"]
-    line += ["cluster.num_workers=1"]
+    line = [override for override in small_line if "tracking" not in override]
+    line += [*small_data, "tracking=none", "cluster.num_workers=1"]
+    line += [f'data.where="{WHERE}"', "optimizer.lr=5e-4"]
     returncode, output = cluster.submit(code, "python", "-m", "framework.train", *line)
     assert returncode == 0, output
     assert "step     12/12" in output
@@ -133,12 +139,17 @@ def test_the_line_runs_as_a_job(
     assert checkpoint is not None
     assert checkpoint.step == 12
     assert checkpoint.meta["code_version"].startswith("sent-")
-    assert checkpoint.meta["config"]["tracking.experiment"] == "two words"
+    assert checkpoint.meta["config"]["data.where"] == WHERE
     assert checkpoint.meta["config"]["optimizer.lr"] == 5e-4
-    assert (
-        "sent-" in (run.local_path() / "logs/driver.log").read_text()
-    )  # on all ranks, says preflight
+    # Preflight says that all ranks have it.
+    assert "sent-" in (run.local_path() / "logs/driver.log").read_text()
 
+    wrong = with_token(tmp_path, secrets.token_hex(32))
+    driver = start(
+        "framework.train",
+        *(*line, "run.name=outside", f"cluster.address={cluster.address}"),
+        **{**cluster.environment, **wrong},
+    )
     stop_it(cluster, code, [*line, "run.name=stopped", "train.steps=2000"], tmp_path)
 
     # A relative path would lie in Ray's own copy of the code, and be deleted with it.
@@ -148,26 +159,15 @@ def test_the_line_runs_as_a_job(
     assert "run.root=runs lies in the job's own copy of the code" in output
     assert "Traceback" not in output
 
-    wrong = with_token(tmp_path, secrets.token_hex(32))
     returncode, output = cluster.submit(code, "python", "-c", "print('in')", **wrong)
     assert returncode != 0
     assert "authentication token is invalid" in output
 
-    driver = subprocess.run(
-        [
-            *(sys.executable, "-m", "framework.train", *line, "run.name=outside"),
-            f"cluster.address={cluster.address}",
-        ],
-        env={**cluster.environment, **wrong},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=200,
-    )
-    assert driver.returncode == 2, driver.stdout
-    assert f"no Ray cluster can be joined at {cluster.address}" in driver.stdout
-    assert "RAY_AUTH_TOKEN_PATH must be as on the head" in driver.stdout
-    assert "Traceback" not in driver.stdout
+    said = driver.communicate(timeout=200)[0]
+    assert driver.returncode == 2, said
+    assert f"no Ray cluster can be joined at {cluster.address}" in said
+    assert "RAY_AUTH_TOKEN_PATH must be as on the head" in said
+    assert "Traceback" not in said
 
 
 def stop_it(cluster: Cluster, code: Path, line: list[str], tmp_path: Path) -> None:

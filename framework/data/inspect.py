@@ -233,7 +233,6 @@ def _page(plan: Plan, facts: dict[str, str], images: Sequence[bytes]) -> str:
 if __name__ == "__main__":
     from framework.assembly import Assembly
     from framework.config import RunConfig, entry
-    from framework.data.manifest import read_manifest
     from framework.mapping import flatten, to_mapping
     from framework.storage import join_url
     from framework.train.identity import claim
@@ -242,7 +241,7 @@ if __name__ == "__main__":
         """Write the page of a run's plan, and print its facts."""
         assembly = Assembly.of(config)
         assembly.check()
-        read_manifest(config.data.manifest)
+        assembly.check_data()
         run = claim(config.run, flatten(to_mapping(config)))
         plan = assembly.make_plan(run, 1, lambda text: None)
         manifest = assembly.pinned_manifest(run)

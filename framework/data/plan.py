@@ -58,6 +58,7 @@ __all__ = [
     "PlanSummary",
     "Recipe",
     "StepTotals",
+    "check_choice",
     "deal_steps",
     "make_epoch",
 ]
@@ -162,6 +163,15 @@ def make_epoch(
     return Plan(store, digest)
 
 
+def check_choice(manifest: ClipTable, recipe: Recipe) -> None:
+    """ValueError where the recipe names a source or a column that the manifest has not."""
+    if unknown := sorted(set(recipe.sources) - set(manifest.sources)):
+        have = ", ".join(manifest.sources)
+        raise ValueError(f"sources names {unknown[0]!r}; the manifest has {have}")
+    if recipe.where:
+        parse_where(recipe.where, manifest.scores)
+
+
 def deal_steps(costs: np.ndarray, recipe: Recipe, epoch: int, window: int) -> list[np.ndarray]:
     """Sort the packs of a window by cost, cut them into steps of G, shuffle the steps.
 
@@ -188,9 +198,7 @@ class _Clips:
         split: str,
         folder: Store,
     ) -> None:
-        if unknown := sorted(set(recipe.sources) - set(manifest.sources)):
-            have = ", ".join(manifest.sources)
-            raise ValueError(f"sources names {unknown[0]!r}; the manifest has {have}")
+        check_choice(manifest, recipe)
         self.manifest = manifest
         self.recipe = recipe
         self.num_text_tokens = num_text_tokens
@@ -472,7 +480,6 @@ def _to_parquet(tables: list[pa.Table]) -> bytes:
 if __name__ == "__main__":
     from framework.assembly import Assembly
     from framework.config import RunConfig, entry
-    from framework.data.manifest import read_manifest
     from framework.mapping import flatten, to_mapping
     from framework.train.identity import claim
 
@@ -480,7 +487,7 @@ if __name__ == "__main__":
         """Plan the steps of a run and print what the plan is like."""
         assembly = Assembly.of(config)
         assembly.check()
-        read_manifest(config.data.manifest)
+        assembly.check_data()
         run = claim(config.run, flatten(to_mapping(config)))
         plan = assembly.make_plan(run, config.train.steps, print)
         print(plan.epochs_of(config.train.steps))

@@ -2,7 +2,6 @@
 
 from framework.assembly import Assembly
 from framework.config import RunConfig, entry
-from framework.data.manifest import read_manifest
 from framework.logs import RunLog
 from framework.mapping import flatten, to_mapping
 from framework.terminal import Terminal
@@ -29,7 +28,7 @@ def main(config: RunConfig) -> None:
     """Train and say where the result lies."""
     terminal, job = Terminal(), job_of(config)
     job.check()
-    read_manifest(config.data.manifest)  # a mistake must not leave a claimed name behind
+    job.assembly.check_data()  # a mistake must not leave a claimed name behind
     run = claim(job.run, job.identity)
     log = RunLog(run, "driver")
     terminal.say(f"run {config.run.name} in {run.url}, log in {log.path}")
