@@ -21,7 +21,7 @@ $(READY): requirements.lock pyproject.toml
 	$(BIN)/pip install -q --no-build-isolation --no-deps -e .
 	touch $(READY)
 
-# The whole line on two CPU cores, in about ten minutes: clips, manifest, plan, training under Ray
+# The whole line on two CPU cores, in about twelve minutes: clips, manifest, plan, training under Ray
 # Train and ZeRO-3, samples, evaluation, MLflow. STORE=s3 keeps all of it in an S3 server, which is
 # started for it.
 ifeq ($(STORE),s3)

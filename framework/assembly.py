@@ -126,8 +126,10 @@ class Assembly:
         self.build_objective()
 
     def check_data(self) -> None:
-        """ValueError where there is no manifest, or it lacks what the recipe asks for."""
+        """ValueError where there is no manifest, or it lacks what the recipe asks for, or where
+        the list of clips to take out cannot be read."""
         check_choice(read_manifest(self.data.manifest), self.recipe())
+        self._excluded()
 
     def num_parameters(self) -> int:
         """Of the denoiser, counted without memory for it."""
@@ -227,5 +229,8 @@ class Assembly:
             tokenize=Tokenizer(self.codec, self.patch),
             encode_text=CaptionEncoder(self.text),
             token_size=self.token_size,
-            exclude=read_clip_ids(self.data.exclude) if self.data.exclude else frozenset(),
+            exclude=self._excluded(),
         )
+
+    def _excluded(self) -> frozenset[int]:
+        return read_clip_ids(self.data.exclude) if self.data.exclude else frozenset()

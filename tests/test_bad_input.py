@@ -225,6 +225,7 @@ TYPED = {
     "a plain file store for MLflow": ("tracking.uri=./mlruns", "must start with one of http"),
     "a misspelt column": ('data.where="hieght>4"', "did you mean height?"),
     "an unknown source": ("data.sources.wep=1", "sources names 'wep'"),
+    "no list of clips to take out": ("data.exclude=/nowhere/x", "is not a text file of clips"),
     "no manifest": ("data.manifest=/nowhere", "no manifest"),
     "a file in the folder's place": ("run.root={tmp_path}/file", "Not a directory"),
 }

@@ -2,9 +2,10 @@
 
     python -m framework.data.inspect experiment=demo
 
-Makes the first epoch of the run's plan where it is not made yet, and writes `inspect/report.html`
-beside it, with figures of the plan (histograms of what the model will see, fill, predicted cost by
-step and by rank), the share of the data that is used, and contact sheets of some packs.
+Makes the first epoch of the plan that a run of this config would have, without taking the run's
+name, and writes `<run.name>.inspect/report.html` below `run.root`: figures of the plan (histograms
+of what the model will see, fill, predicted cost by step and by rank), the share of the data that is
+used, and contact sheets of some packs.
 """
 
 import base64
@@ -124,7 +125,8 @@ def _facts(plan: Plan, seen: Seen, num_ranks: int, costs: np.ndarray) -> dict[st
         "clips in a pack": f"{len(seen.clips) / len(costs):.1f} on the average",
         "captions": f"{1 - empty:.1%} shown, the others dropped or absent",
         "sources": ", ".join(f"{name} {n / len(seen.clips):.1%}" for name, n in sources[:8]),
-        "ranks": f"{num_ranks}, {-(-summary.global_batch_packs // num_ranks)} packs each a step",
+        "ranks": f"{num_ranks}; packs of each in a step: "
+        f"{-(-summary.global_batch_packs // num_ranks)}",
     }
     if summary.filtered:
         facts["left out by data.where"] = f"{summary.filtered:,}"
@@ -161,7 +163,8 @@ def _figure(
     axes[1, 1].plot(steps, dearest / unit, color=_ORANGE, lw=1, label="dearest pack")
     axes[1, 1].plot(steps, mean / unit, color=_BLUE, lw=1, label="mean pack")
     axes[1, 1].legend(frameon=False, fontsize=8)
-    axes[1, 1].set_ylim(bottom=0)
+    axes[1, 1].set_ylim(0, 1.15 * dearest.max() / unit)
+    axes[1, 1].xaxis.get_major_locator().set_params(integer=True)
     _dress(axes[1, 1], "predicted cost by step; 1 is the mean", "")
 
     by_rank = np.zeros(num_ranks)
@@ -233,20 +236,18 @@ def _page(plan: Plan, facts: dict[str, str], images: Sequence[bytes]) -> str:
 if __name__ == "__main__":
     from framework.assembly import Assembly
     from framework.config import RunConfig, entry
-    from framework.mapping import flatten, to_mapping
     from framework.storage import join_url
-    from framework.train.identity import claim
 
     def main(config: RunConfig) -> None:
         """Write the page of a run's plan, and print its facts."""
         assembly = Assembly.of(config)
         assembly.check()
         assembly.check_data()
-        run = claim(config.run, flatten(to_mapping(config)))
-        plan = assembly.make_plan(run, 1, lambda text: None)
-        manifest = assembly.pinned_manifest(run)
+        out = Store(config.run.root).child(f"{config.run.name}.inspect")
+        out.delete("manifest.json")  # of the last look; this one is at the data as they are now
+        plan = assembly.make_plan(out, 1, lambda text: None)
+        manifest = assembly.pinned_manifest(out)
         reader = assembly.reader(manifest.shards_url)
-        out = run.child("inspect")
         facts = inspect(plan, manifest, reader, config.cluster.num_workers, out)
         for name, value in facts.items():
             print(f"  {name:24} {value}")
