@@ -107,7 +107,7 @@ def check(files: dict[str, bytes], rng: np.random.Generator, store: Store) -> st
     assert all(problem.cause for problem in found.problems)
     if not rows:
         return "nothing left"
-    write_index(store.url, store.child("manifest").url, {SHARD: found})
+    write_index(store.url, store.child("manifest").url, {SHARD: found}, IndexConfig(0.0))
     failed = 0
     for row in rows:
         data = store.read_range(SHARD, row["offset"], row["size_bytes"])

@@ -76,6 +76,8 @@ def mixture(count: int, seed: int = 0) -> Mixture:
         "offset": np.arange(count) % 1000 * 500_000,
         "size_bytes": np.full(count, 500_000),
         "checksum": np.arange(count),
+        "checked_bytes": np.full(count, 1),
+        "first_frame": np.zeros(count, np.int32),
         "num_frames": (seconds * 24).astype(np.int32),
         "fps": np.full(count, 24, np.float32),
         "height": height.astype(np.int32),

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import pyarrow as pa
 
 from benchmarks.packing import RECIPE, mixture
-from framework.data.manifest import PART_ROWS
+from framework.data.manifest_writer import PART_ROWS
 from framework.data.plan import make_epoch
 from framework.storage import Store
 

@@ -29,7 +29,7 @@ def line(folder: str) -> tuple[Assembly, str]:
     store = Store(f"{folder}/clips")
     shards = [name for name in store.list() if name.endswith(".tar")]
     found = {name: index_shard(store.url, name, IndexConfig()) for name in shards}
-    write_index(store.url, f"{folder}/manifest", found)
+    write_index(store.url, f"{folder}/manifest", found, IndexConfig())
     data = [f"data.shards={folder}/clips", f"data.manifest={folder}/manifest"]
     return Assembly.of(compose(["experiment=demo", *data])), store.url
 

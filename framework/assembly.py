@@ -4,28 +4,37 @@ The one place where data meets networks: the planner's geometry follows from cod
 reader's tokens from codec and patchify, the objective's scale from the codec's statistics.
 """
 
-import functools
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from framework.data.collate import ClipReader
+from framework.data.collate import ClipReader, LatentReader, VideoReader
 from framework.data.config import DataConfig
 from framework.data.cost import CostModel
+from framework.data.latents import Encoders, encoding_differences, load_text
 from framework.data.manifest import Manifest, read_clip_ids, read_manifest
 from framework.data.plan import Plan, check_choice, make_epoch
 from framework.data.recipe import Recipe
 from framework.data.views import Geometry
 from framework.diffusion.objective import Objective
 from framework.mapping import flatten, to_mapping
+from framework.networks import (
+    CaptionEncoder,
+    FrameEncoder,
+    LatentDecoder,
+    Patchifier,
+    TextEmbedder,
+    Tokenizer,
+    built,
+)
 from framework.storage import Store
 from model_zoo.flops import cost_coefficients
-from model_zoo.patchify import patch_std, patchify
+from model_zoo.patchify import patch_std
 from model_zoo.protocols import TextEncoder, VideoCodec
 
 if TYPE_CHECKING:  # brings torch.distributed.checkpoint: a second, in each process that decodes
@@ -33,42 +42,6 @@ if TYPE_CHECKING:  # brings torch.distributed.checkpoint: a second, in each proc
 
 # Which kernel computes attention is up to the machine; weights of one do for another.
 _FREE_KEYS = ("model.attention",)
-
-
-@functools.lru_cache(maxsize=4)
-def _built(config: Any) -> Any:
-    """One live codec or text encoder for each config in a process; both keep no state."""
-    return config.build()
-
-
-@dataclass(frozen=True)
-class Tokenizer:
-    """uint8 frames (T, H, W, 3) -> float32 tokens (n, P); picklable."""
-
-    codec: Any
-    patch: tuple[int, int, int]
-
-    @torch.inference_mode()
-    def __call__(self, frames: np.ndarray) -> np.ndarray:
-        """Encode and patchify one clip."""
-        pixels = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2)
-        latents = _built(self.codec).encode(pixels.float() / 127.5 - 1.0)
-        return patchify(latents, self.patch).numpy()
-
-
-@dataclass(frozen=True)
-class CaptionEncoder:
-    """Caption -> (k,) ids or (k, D) embeddings as arrays; picklable."""
-
-    text: Any
-
-    def __call__(self, caption: str) -> np.ndarray:
-        """Encode one caption."""
-        return _built(self.text).encode(caption).numpy()
-
-    def num_tokens(self, caption: str) -> int:
-        """Length of the encoded caption."""
-        return _built(self.text).num_tokens(caption)
 
 
 @dataclass(frozen=True)
@@ -91,11 +64,11 @@ class Assembly:
 
     def build_codec(self) -> VideoCodec:
         """The video codec; one instance in a process."""
-        return _built(self.codec)
+        return built(self.codec)
 
     def build_text(self) -> TextEncoder:
         """The text encoder; one instance in a process."""
-        return _built(self.text)
+        return built(self.text)
 
     @property
     def patch(self) -> tuple[int, int, int]:
@@ -128,7 +101,7 @@ class Assembly:
     def check_data(self) -> None:
         """ValueError where there is no manifest, or it lacks what the recipe asks for, or where
         the list of clips to take out cannot be read."""
-        check_choice(read_manifest(self.data.manifest), self.recipe())
+        check_choice(self._open_manifest(), self.recipe())
         self._excluded()
 
     def num_parameters(self) -> int:
@@ -140,10 +113,30 @@ class Assembly:
         """The snapshot that the run at `run` began with: data that grew is for other runs."""
         pin = "manifest.json"
         if run.exists(pin):
-            return read_manifest(self.data.manifest, json.loads(run.read(pin))["fingerprint"])
-        manifest = read_manifest(self.data.manifest)
+            return self._open_manifest(json.loads(run.read(pin))["fingerprint"])
+        manifest = self._open_manifest()
         run.write(pin, json.dumps({"fingerprint": manifest.fingerprint}).encode())
         return manifest
+
+    def _open_manifest(self, fingerprint: str | None = None) -> Manifest:
+        """Of what training reads: videos, or latents. ValueError where they are of another line."""
+        url = self.data.latents or self.data.manifest
+        manifest = read_manifest(url, fingerprint)
+        if manifest.encoding and not self.data.latents:
+            raise ValueError(f"data.manifest={url!r} is of latents; set data.latents to it")
+        if self.data.latents:
+            differing = encoding_differences(manifest.encoding, self.encoding())
+            if differing:
+                raise ValueError(
+                    f"data.latents={url!r} was encoded otherwise:\n  "
+                    + "\n  ".join(differing)
+                    + "\nencode again into another folder, or use the config of then"
+                )
+        return manifest
+
+    def on_videos(self) -> "Assembly":
+        """The same line, with videos that are encoded in the stream."""
+        return replace(self, data=replace(self.data, latents=""))
 
     def make_plan(self, run: Store, steps: int, say: Callable[[str], None]) -> Plan:
         """Make epochs of the plan until `steps` steps are planned; what is committed is kept."""
@@ -224,13 +217,41 @@ class Assembly:
 
     def reader(self, shards_url: str) -> ClipReader:
         """Reads clips of a plan as tokens."""
-        return ClipReader(
-            shards=Store(shards_url),
-            tokenize=Tokenizer(self.codec, self.patch),
-            encode_text=CaptionEncoder(self.text),
+        shards, exclude = Store(shards_url), self._excluded()
+        patchifier = Patchifier(self.patch)
+        if self.data.latents:
+            return LatentReader(
+                shards=shards,
+                token_size=self.token_size,
+                exclude=exclude,
+                patchify=patchifier,
+                decode=LatentDecoder(self.codec),
+                null_text=load_text(shards.read("null_text.safetensors")).numpy(),
+            )
+        return VideoReader(
+            shards=shards,
             token_size=self.token_size,
-            exclude=self._excluded(),
+            exclude=exclude,
+            tokenize=Tokenizer(FrameEncoder(self.codec), patchifier),
+            encode_text=CaptionEncoder(TextEmbedder(self.text)),
         )
+
+    def encoders(self) -> Encoders:
+        """The networks that `framework.data.encode` runs."""
+        return Encoders(FrameEncoder(self.codec), TextEmbedder(self.text))
+
+    def encoding(self) -> dict[str, Any]:
+        """All that latents depend on beside the clips, in plain JSON."""
+        made_with = {
+            "codec": self.build_codec().fingerprint,
+            "text": self.build_text().fingerprint,
+            "dtype": self.data.encode.dtype,
+            "views": asdict(self.data.views),
+            "geometry": asdict(self.geometry),
+            "max_tokens": self.data.max_tokens,
+            "seed": self.seed,
+        }
+        return json.loads(json.dumps(made_with))
 
     def _excluded(self) -> frozenset[int]:
         return read_clip_ids(self.data.exclude) if self.data.exclude else frozenset()

@@ -13,7 +13,7 @@ from typing import Any
 from framework.assembly import Assembly
 from framework.cluster import connect
 from framework.config import RunConfig, entry
-from framework.data.index import IndexConfig, index
+from framework.data.index import index
 from framework.data.synthetic import write_dataset
 from framework.evaluate.run import Evaluation, evaluated, missed_gates
 from framework.logs import RunLog
@@ -82,8 +82,7 @@ def _stages(config: RunConfig, job: Job, run: Store, terminal: Terminal) -> list
     say = stage()
     if not Store(config.data.manifest).exists("manifest.json"):
         connect(config.cluster)
-        chosen = IndexConfig(heldout_fraction=config.data.heldout_fraction)
-        index(config.data.shards, config.data.manifest, chosen)
+        index(config.data.shards, config.data.manifest, config.data.index)
     say(f"manifest {config.data.manifest}")
 
     def evaluation_of(checkpoint: str) -> Evaluation:

@@ -9,6 +9,7 @@ Invariant: `write` is atomic. A reader sees the whole object or none.
 """
 
 import errno
+import functools
 import os
 import random
 import re
@@ -23,8 +24,10 @@ from pyarrow import Buffer, NativeFile, fs
 
 T = TypeVar("T")
 
-# Chosen by hand: five tries over about 15 s ride out a restart of a proxy or a SlowDown.
+# Chosen by hand: five tries over about 15 s ride out a restart of a proxy or a SlowDown. A try that
+# hangs takes long by itself (Arrow's own time-outs and retries), so no new one begins this late.
 MAX_TRIES = 5
+DEADLINE_S = 60.0
 FIRST_DELAY_S = 0.5
 MAX_OPEN_FILES = 64  # readers of remote objects that a process keeps
 _open_files: dict[tuple[str, str], NativeFile] = {}
@@ -95,12 +98,17 @@ def _is_transient(error: OSError) -> bool:
 
 
 def with_retries(action: Callable[[], T]) -> T:
-    """Run `action`, again after a transient OSError, with jittered back-off, MAX_TRIES times."""
+    """Run `action`, again after a transient OSError, with jittered back-off.
+
+    MAX_TRIES times, and not after DEADLINE_S.
+    """
+    deadline = time.monotonic() + DEADLINE_S
     for attempt in range(MAX_TRIES):
         try:
             return action()
         except OSError as error:
-            if attempt == MAX_TRIES - 1 or not _is_transient(error):
+            is_last = attempt == MAX_TRIES - 1 or time.monotonic() > deadline
+            if is_last or not _is_transient(error):
                 raise
             time.sleep(FIRST_DELAY_S * 2**attempt * random.uniform(0.5, 1.5))
     raise AssertionError("unreachable")
@@ -166,6 +174,13 @@ class Store:
         """The store one or more folders down."""
         return Store(join_url(self.url, *names))
 
+    def at(self, name: str) -> tuple["Store", str]:
+        """Store and name of an object; `name` may also be an absolute URL."""
+        if "://" not in name:
+            return self, name
+        folder, _, name = name.rpartition("/")
+        return _store(folder), name
+
     @property
     def is_local(self) -> bool:
         """Whether it lies on this machine's own file system."""
@@ -188,6 +203,17 @@ class Store:
         if info.type != fs.FileType.File:
             raise FileNotFoundError(join_url(self.url, name))
         return info.size
+
+    def version(self, name: str) -> str:
+        """Another text once an object has been replaced: its ETag, else its size and time."""
+        info = self._do(lambda: self.fs.get_file_info(self.path(name)))
+        if info.type != fs.FileType.File:
+            raise FileNotFoundError(join_url(self.url, name))
+        if not self.is_local:
+            with self.open_input(name) as file:
+                if tag := file.metadata().get(b"ETag"):
+                    return tag.decode()
+        return f"{info.size} {info.mtime_ns}"
 
     def list(self, name: str = "") -> list[str]:
         """Names of all objects below folder `name`, relative to this store, sorted; [] if none."""
@@ -283,3 +309,8 @@ class Store:
     def _make_parent(self, name: str) -> None:
         if self.is_local:
             os.makedirs(os.path.dirname(self.path(name)), exist_ok=True)
+
+
+@functools.lru_cache(maxsize=64)
+def _store(url: str) -> Store:
+    return Store(url)

@@ -21,12 +21,12 @@ Invariant: whatever the bytes are, the caller sees a result or `VideoError`, and
 import io
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import chain
-from typing import Any
+from itertools import chain, count, islice
+from typing import Any, Protocol
 
 import av
 import numpy as np
@@ -62,6 +62,24 @@ class VideoError(ValueError):
     """These bytes are no video that can be read."""
 
 
+class HeaderFile(Protocol):
+    """A file whose payload need not be read to know its frames."""
+
+    size_bytes: int
+
+    def read(self, size: int = -1, /) -> bytes:
+        """As of any file."""
+
+    def seek(self, offset: int, whence: int = 0, /) -> int:
+        """As of any file."""
+
+    def tell(self) -> int:
+        """As of any file."""
+
+    def leave_out(self, ranges: Iterable[tuple[int, int]], /) -> None:
+        """From now on these (offset, size) read as zeros."""
+
+
 @dataclass(frozen=True)
 class VideoInfo:
     """What the frames of a file are, as shown: upright, of square pixels."""
@@ -91,12 +109,13 @@ class _Video:
         return bisect_right(self.times, (index + 0.5) * self.slot) - 1
 
 
-def probe(data: bytes) -> VideoInfo:
+def probe(data: bytes | HeaderFile) -> VideoInfo:
     """Number of frames, rate and size of a video, or of a still (PNG, JPEG, WebP: one frame).
 
     Frames are counted by walking the packets, which takes milliseconds: the container's own count
     is absent in some formats and wrong after a cut. Only the first frame is decoded, so that what
-    cannot be decoded or converted fails here. Raises VideoError.
+    cannot be decoded or converted fails here. Of a HeaderFile that is an MP4 or a MOV, whose header
+    says where each packet lies, the payload beyond the first frame is not read. Raises VideoError.
     """
     with _open(data) as video:
         height, width = video.size
@@ -150,43 +169,54 @@ def decode(
 
 
 @contextmanager
-def _open(data: bytes) -> Iterator[_Video]:
+def _open(data: bytes | HeaderFile) -> Iterator[_Video]:
     """The main video of `data`; FFmpeg's errors become VideoError."""
     options = {"format_whitelist": _FORMATS, "max_pixels": str(_MAX_PIXELS)}
+    file = io.BytesIO(data) if isinstance(data, bytes) else data
+    size_bytes = len(data) if isinstance(data, bytes) else data.size_bytes
     try:
-        with av.open(io.BytesIO(data), options=options, metadata_errors="ignore") as container:
+        with av.open(file, options=options, metadata_errors="ignore") as container:
             stream = container.streams.best("video")
             if stream is None or stream.codec_context is None:
                 raise VideoError("The bytes hold no video stream of a known codec.")
-            yield _read(container, stream, len(data))
+            yield _read(container, stream, size_bytes, None if isinstance(data, bytes) else data)
     except av.error.FFmpegError as error:
         raise VideoError(
-            f"FFmpeg cannot read these {len(data)} bytes: {error.strerror}."
+            f"FFmpeg cannot read these {size_bytes} bytes: {error.strerror}."
         ) from error
 
 
-def _read(container: InputContainer, stream: VideoStream, size_bytes: int) -> _Video:
-    """Fetch all packets, which is little beside decoding them, and look at the first frame."""
+def _read(
+    container: InputContainer, stream: VideoStream, size_bytes: int, file: HeaderFile | None
+) -> _Video:
+    """Look at the first frame, and fetch all packets, which is little beside decoding them."""
     stream.codec_context.thread_count = 1
     stream.codec_context.thread_type = "NONE"
     # Without err_detect a JPEG that is cut off comes out half grey instead of failing.
     stream.codec_context.options = {"err_detect": "explode", "max_pixels": str(_MAX_PIXELS)}
 
-    packets: list[Packet] = []
-    budget = 2 * size_bytes  # Matroska may keep headers that all packets share in one place
-    for packet in container.demux(stream):
-        if packet.is_corrupt:
-            raise VideoError(f"Packet {len(packets)} is cut off or damaged.")
-        budget -= packet.size
-        if budget < 0:
-            raise VideoError(f"The packets have more than the file's {size_bytes} bytes.")
-        if packet.size:  # an empty one means the end to a decoder
-            packets.append(packet)
+    source = _packets(container, stream, size_bytes)
+    packets: list[Packet] = []  # those fetched so far
+    if file is None:  # they cost nothing
+        packets.extend(source)
 
-    frames = (frame for packet in (*packets, None) for frame in stream.decode(packet))
+    def upcoming() -> Iterator[Packet | None]:
+        for number in count():
+            if number == len(packets):
+                packets.extend(islice(source, 1))
+            if number == len(packets):
+                break
+            yield packets[number]
+        yield None
+
+    frames = (frame for packet in upcoming() for frame in stream.decode(packet))
     first = next(frames, None)
     if first is None:
         raise VideoError("The video holds no frame that can be decoded.")
+    if file is not None and "mp4" in container.format.name:
+        entries = (entry for other in container.streams for entry in other.index_entries)
+        file.leave_out((entry.pos, entry.size) for entry in entries)
+    packets.extend(source)
     if first.color_trc in _HDR:
         raise VideoError(f"The video is {_HDR[first.color_trc]} (HDR); convert it to SDR.")
     if first.colorspace not in _MATRICES:
@@ -202,6 +232,18 @@ def _read(container: InputContainer, stream: VideoStream, size_bytes: int) -> _V
         (not is_still and stream.sample_aspect_ratio) or Fraction(1),
         *_orientation(first),
     )
+
+
+def _packets(container: InputContainer, stream: VideoStream, size_bytes: int) -> Iterator[Packet]:
+    budget = 2 * size_bytes  # Matroska may keep headers that all packets share in one place
+    for number, packet in enumerate(container.demux(stream)):
+        if packet.is_corrupt:
+            raise VideoError(f"Packet {number} is cut off or damaged.")
+        budget -= packet.size
+        if budget < 0:
+            raise VideoError(f"The packets have more than the file's {size_bytes} bytes.")
+        if packet.size:  # an empty one means the end to a decoder
+            yield packet
 
 
 def _timeline(

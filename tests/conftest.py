@@ -27,7 +27,7 @@ SMALL_LINE = (
     "experiment=demo",
     "data.synthetic.num_clips=96",
     "data.synthetic.clips_per_shard=32",
-    "data.heldout_fraction=0.2",
+    "data.index.heldout_fraction=0.2",
     "data.max_tokens=192",
     "model.width=32",
     "model.ffn=64",
@@ -74,7 +74,7 @@ def make_data(small_shards: Store) -> Callable[[str], list[str]]:
         for name in names:
             shards.write(name, small_shards.read(name))
         found = {name: index_shard(shards.url, name, chosen) for name in names}
-        write_index(shards.url, f"{root}/manifest", found)
+        write_index(shards.url, f"{root}/manifest", found, chosen)
         return [f"data.shards={root}/clips", f"data.manifest={root}/manifest"]
 
     return make

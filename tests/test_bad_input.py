@@ -160,7 +160,7 @@ def test_bad_clips_are_named_and_counted_and_the_others_train(name: str, tmp_pat
     shards.write("shard-000000.tar", data)
     shards.write("shard-000001.tar", tar(sample("beside")))
     found = {n: index_shard(shards.url, n, IndexConfig(0.0)) for n in shards.list()}
-    report = write_index(shards.url, f"{tmp_path}/manifest", found)
+    report = write_index(shards.url, f"{tmp_path}/manifest", found, IndexConfig(0.0))
     assert report.failures == expected.causes, str(report)
     assert all(cause in str(report) for cause in expected.causes)
     quarantine = json.loads((tmp_path / "manifest/quarantine.json").read_text())
@@ -170,12 +170,12 @@ def test_bad_clips_are_named_and_counted_and_the_others_train(name: str, tmp_pat
     plan = line.make_plan(Store(tmp_path / "runs/bad"), 1, lambda _: None)
     reader = line.reader(shards.url)
     clips = list(clips_of(plan))
-    read = [(clip, *found[:2]) for clip, found in zip(clips, reader.read(clips), strict=True)]
-    assert {clip.key for clip, *_ in read} == expected.trained | {"beside"}
-    assert sum(bool(cause) for *_, cause in read) == expected.failed
-    for clip, tokens, _ in read:
-        assert len(tokens) == clip.tokens <= line.data.max_tokens
-        assert np.isfinite(tokens).all()
+    read = list(zip(clips, reader.read(clips), strict=True))
+    assert {clip.key for clip, _ in read} == expected.trained | {"beside"}
+    assert sum(bool(found.cause) for _, found in read) == expected.failed
+    for clip, found in read:
+        assert len(found.tokens) == clip.tokens <= line.data.max_tokens
+        assert np.isfinite(found.tokens).all()
 
 
 def overrides(tmp_path: Path, *more: str) -> list[str]:
@@ -238,7 +238,7 @@ def test_a_mistake_is_a_sentence_before_a_worker_starts(name: str, tmp_path: Pat
     shards = Store(tmp_path / "clips")
     shards.write("shard-000000.tar", tar(GOOD))
     found = {"shard-000000.tar": index_shard(shards.url, "shard-000000.tar", IndexConfig(0.0))}
-    write_index(shards.url, f"{tmp_path}/manifest", found)
+    write_index(shards.url, f"{tmp_path}/manifest", found, IndexConfig(0.0))
     if "tracking" in override:
         override = f"tracking=mlflow {override}"
     command = overrides(tmp_path, *override.format(tmp_path=tmp_path).split())

@@ -22,7 +22,7 @@ def test_the_line_learns_from_real_footage(finish: Callable[..., str], tmp_path:
         f"data.shards={tmp_path}/shards",
         f"run.root={tmp_path}/runs",
         "tracking=none",
-        "data.heldout_fraction=0.2",
+        "data.index.heldout_fraction=0.2",
         "data.max_tokens=512",
         "model.depth=2",
         "model.width=64",

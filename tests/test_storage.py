@@ -115,7 +115,7 @@ def test_an_index_on_a_store(store):
     write_shards(store.child("shards"), samples, 2)
     url = store.child("shards").url
     found = {name: index_shard(url, name, IndexConfig()) for name in Store(url).list()}
-    report = write_index(url, store.child("manifest").url, found)
+    report = write_index(url, store.child("manifest").url, found, IndexConfig())
     manifest = read_manifest(store.child("manifest"))
     assert (report.num_clips, report.problems) == (3, ())
     assert manifest.fingerprint == report.fingerprint

@@ -17,7 +17,9 @@ import pytest
 from av.filter import Graph
 from PIL import Image, ImageOps
 
-from framework.video import STILL_FPS, VideoError, VideoInfo, decode, probe
+from framework import video
+from framework.data.ranged_file import RangedFile
+from framework.video import STILL_FPS, VideoError, VideoInfo, decode
 
 BLOCK = 16
 HEIGHT, WIDTH = 4 * BLOCK, 6 * BLOCK
@@ -38,6 +40,14 @@ SETTINGS = {
 # K_R and K_B of each matrix, and its number in ITU-T H.273.
 BT601, BT709, BT2020 = (0.299, 0.114, 6), (0.2126, 0.0722, 1), (0.2627, 0.0593, 9)
 LIMITED, FULL = 1, 2  # FFmpeg's numbers of the ranges
+
+
+def probe(data: bytes) -> VideoInfo:
+    """Of the whole, and by range, which must be the same."""
+    by_range = RangedFile(lambda offset, size: data[offset : offset + size], len(data))
+    info = video.probe(data)
+    assert video.probe(by_range) == info
+    return info
 
 
 def picture(number: int = 0, height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:

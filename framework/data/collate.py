@@ -8,6 +8,7 @@ goes on, or an outage would train on nothing.
 import json
 import time
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any, NamedTuple
@@ -17,7 +18,9 @@ import torch
 
 from framework.batch import PackedBatch, ReadStats
 from framework.data.fetch import fetch
+from framework.data.latents import load_clip
 from framework.data.plan import ClipPlan, PackPlan, Recipe
+from framework.data.views import View
 from framework.storage import Store
 from framework.video import VideoError, decode
 
@@ -28,38 +31,53 @@ class ClipRead(NamedTuple):
     """What came of one clip."""
 
     tokens: np.ndarray  # (n, P) float32; zeros where there is a cause
+    text: np.ndarray  # (k,) ids, or (k, D) embeddings
     cause: str  # why it could not be read, or ""
     stats: ReadStats
 
 
-@dataclass(frozen=True)
-class ClipReader:
-    """Read one clip of a plan as tokens; picklable, so that it travels into Ray tasks.
+def decode_view(data: bytes, checksum: int, checked_bytes: int, view: View) -> np.ndarray:
+    """The frames of a clip's view, uint8 (T, H, W, 3); VideoError."""
+    if zlib.crc32(memoryview(data)[:checked_bytes]) != checksum:
+        raise VideoError("its bytes have changed since the manifest was made (checksum)")
+    return decode(data, view.frames, view.height, view.width, view.flip)
 
-    tokenize: uint8 (T, H, W, 3) -> float32 (n, P). encode_text: caption -> (k,) ids or (k, D).
-    """
+
+@dataclass(frozen=True)
+class ClipReader(ABC):
+    """Read the clips of a plan as tokens; picklable, so that it travels into Ray tasks."""
 
     shards: Store
-    tokenize: Callable[[np.ndarray], np.ndarray]
-    encode_text: Callable[[str], np.ndarray]
     token_size: int  # P
-    exclude: frozenset[int] = frozenset()  # ids of clips that leave a hole in their packs
+    exclude: frozenset[int]  # ids of clips that leave a hole in their packs
+
+    @abstractmethod
+    def empty_text(self, clip: ClipPlan) -> np.ndarray:
+        """The text tokens of a clip that is not read."""
+
+    @abstractmethod
+    def _tokens(self, clip: ClipPlan, data: bytes) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and text of the clip with these bytes; VideoError."""
+
+    @abstractmethod
+    def _frames(self, clip: ClipPlan, data: bytes) -> np.ndarray:
+        """What `_tokens` makes tokens of, for people."""
+
+    @property
+    @abstractmethod
+    def text_token_bytes(self) -> int:
+        """Bytes of one text token."""
 
     def seen_id(self, clip: ClipPlan) -> int:
         """The clip's id in a batch: -1 for one that is taken out."""
         return -1 if clip.clip_id in self.exclude else clip.clip_id
 
-    def frames(self, clip: ClipPlan, data: bytes | None = None) -> np.ndarray:
-        """The frames of the clip's view, uint8 (T, H, W, 3); VideoError, EOFError or OSError.
-
-        data: the clip's bytes, where they are at hand.
-        """
-        if data is None:
-            data = self.shards.read_range(clip.shard, clip.offset, clip.size_bytes)
-        if zlib.crc32(data) != clip.checksum:
-            raise VideoError("its bytes have changed since the manifest was made (checksum)")
-        view = clip.view
-        return decode(data, view.frames, view.height, view.width, view.flip)
+    def frames(self, clip: ClipPlan) -> np.ndarray:
+        """The frames of the clip's view, uint8 (T, H, W, 3); VideoError, EOFError or OSError."""
+        (payload,) = fetch(self.shards, [clip])
+        if not isinstance(payload, bytes):
+            raise payload
+        return self._frames(clip, payload)
 
     def read(self, clips: Sequence[ClipPlan]) -> Iterator[ClipRead]:
         """Each clip's tokens; or zeros and the cause, where it is damaged or gone.
@@ -69,23 +87,87 @@ class ClipReader:
         wanted = [clip for clip in clips if self.seen_id(clip) >= 0]
         payloads = fetch(self.shards, wanted)
         for clip in clips:
-            zeros = np.zeros((clip.tokens, self.token_size), np.float32)
+            tokens = zeros = np.zeros((clip.tokens, self.token_size), np.float32)
             if self.seen_id(clip) < 0:
-                yield ClipRead(zeros, "", ReadStats())
+                yield ClipRead(zeros, self.empty_text(clip), "", ReadStats())
                 continue
             began = time.perf_counter()
             payload = next(payloads)
             fetched = time.perf_counter()
-            tokens, cause = zeros, ""
+            cause = ""
             try:
                 if not isinstance(payload, bytes):
                     raise payload
-                tokens = self.tokenize(self.frames(clip, payload))
+                tokens, text = self._tokens(clip, payload)
                 assert tokens.shape == zeros.shape, (clip.key, tokens.shape, zeros.shape)
             except (VideoError, EOFError, FileNotFoundError) as error:
-                cause = str(error)
+                cause, text = str(error), self.empty_text(clip)
             decode_s = time.perf_counter() - fetched
-            yield ClipRead(tokens, cause, ReadStats(1, clip.size_bytes, fetched - began, decode_s))
+            stats = ReadStats(1, clip.size_bytes, fetched - began, decode_s)
+            yield ClipRead(tokens, text, cause, stats)
+
+
+@dataclass(frozen=True)
+class VideoReader(ClipReader):
+    """Decodes videos and stills, and encodes them.
+
+    tokenize: uint8 (T, H, W, 3) -> float32 (n, P). encode_text: caption -> (k,) ids or (k, D).
+    """
+
+    tokenize: Callable[[np.ndarray], np.ndarray]
+    encode_text: Callable[[str], np.ndarray]
+
+    def empty_text(self, clip: ClipPlan) -> np.ndarray:
+        """Its caption's all the same."""
+        return self.encode_text(clip.caption)
+
+    @property
+    def text_token_bytes(self) -> int:
+        """Of the empty caption's first token."""
+        return self.encode_text("")[0].nbytes
+
+    def _frames(self, clip: ClipPlan, data: bytes) -> np.ndarray:
+        return decode_view(data, clip.checksum, clip.checked_bytes, clip.view)
+
+    def _tokens(self, clip: ClipPlan, data: bytes) -> tuple[np.ndarray, np.ndarray]:
+        return self.tokenize(self._frames(clip, data)), self.encode_text(clip.caption)
+
+
+@dataclass(frozen=True)
+class LatentReader(ClipReader):
+    """Reads clips that were encoded ahead.
+
+    patchify: latents (C, F, h, w) -> float32 (n, P). decode: latents, number of frames -> uint8
+    (T, H, W, 3). null_text: text tokens of the empty caption.
+    """
+
+    patchify: Callable[[torch.Tensor], np.ndarray]
+    decode: Callable[[torch.Tensor, int], np.ndarray]
+    null_text: np.ndarray
+
+    def empty_text(self, clip: ClipPlan) -> np.ndarray:
+        """As many tokens as the plan has; they meet no video token that counts."""
+        return np.resize(self.null_text, (clip.text_tokens, *self.null_text.shape[1:]))
+
+    @property
+    def text_token_bytes(self) -> int:
+        """Of the empty caption's first token."""
+        return self.null_text[0].nbytes
+
+    def _load(self, clip: ClipPlan, data: bytes) -> tuple[torch.Tensor, torch.Tensor]:
+        if zlib.crc32(data) != clip.checksum:
+            raise VideoError("its latents have changed since the manifest was made (checksum)")
+        try:
+            return load_clip(data, clip.caption)
+        except ValueError as error:
+            raise VideoError(str(error)) from error
+
+    def _frames(self, clip: ClipPlan, data: bytes) -> np.ndarray:
+        return self.decode(self._load(clip, data)[0], clip.view.num_frames)
+
+    def _tokens(self, clip: ClipPlan, data: bytes) -> tuple[np.ndarray, np.ndarray]:
+        latents, text = self._load(clip, data)
+        return self.patchify(latents), text.numpy()
 
 
 def assemble(
@@ -103,13 +185,13 @@ def assemble(
     weights, ids = np.zeros(num_segments, np.float32), np.full(num_segments, -1, np.int64)
     start = 0
     stats = ReadStats()
-    for i, (clip, (clip_tokens, cause, clip_stats)) in enumerate(
+    for i, (clip, (clip_tokens, text_tokens, cause, clip_stats)) in enumerate(
         zip(pack.clips, reader.read(pack.clips), strict=True)
     ):
         tokens_by_clip.append(clip_tokens)
         stats += clip_stats
         start += clip.tokens
-        texts.append(reader.encode_text(clip.caption))
+        texts.append(text_tokens)
         lengths[i], text_lengths[i] = clip.tokens, len(texts[-1])
         ids[i] = reader.seen_id(clip)
         weights[i] = 0.0 if cause or ids[i] < 0 else clip.weight

@@ -25,11 +25,58 @@ class StreamConfig:
 
 
 @dataclass(frozen=True)
+class IndexConfig:
+    """How shards become a manifest."""
+
+    heldout_fraction: float = 0.05  # of the source videos, by hash
+    source: str = "default"  # for clips that name none
+    # A longer video is cut into equal clips that are not, so that all of it is seen in an epoch.
+    max_seconds: float | None = None
+    # Read every byte and take its checksum; else of large videos the beginning and the headers.
+    checksum: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.heldout_fraction < 1:
+            raise ValueError(
+                f"heldout_fraction={self.heldout_fraction} must be at least 0 and less than 1; "
+                "try 0.05"
+            )
+        if not self.source:
+            raise ValueError('source="" must be a name; try "default"')
+        if self.max_seconds is not None and not self.max_seconds > 0:
+            raise ValueError(f"max_seconds={self.max_seconds} must be positive; null cuts nothing")
+
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class EncodeConfig:
+    """How clips are encoded ahead, `python -m framework.data.encode`."""
+
+    dtype: str = "bfloat16"  # of latents and of text embeddings, as they are stored
+    clips_per_shard: int = 256
+    actors: int = 2
+    cpus_per_actor: float = 1.0
+    gpus_per_actor: float = 0.0  # such as 0.25: four share a GPU
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype={self.dtype!r} must be one of {', '.join(DTYPES)}")
+        for name in ("clips_per_shard", "actors"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("cpus_per_actor", "gpus_per_actor"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 0")
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Shards, their manifest, and the recipe of the plan.
 
-    `shards` and `manifest` are URLs of folders. The recipe's geometry follows from codec and model;
-    so does its cost, where `cost` is None.
+    `shards` is the URL of a folder of tars, or of a table of files; `manifest` that of a folder.
+    The recipe's geometry follows from codec and model; so does its cost, where `cost` is None.
     """
 
     shards: str
@@ -49,7 +96,11 @@ class DataConfig:
     # A file (URL) of clips to take out of a run that is under way, see
     # framework.data.manifest.read_clip_ids: the plan stays, they leave holes of weight zero.
     exclude: str = ""
-    heldout_fraction: float = 0.05  # of the source videos, by hash
+    index: IndexConfig = field(default_factory=IndexConfig)
+    # URL of clips that `framework.data.encode` has encoded (or shall): training reads these instead
+    # of the videos. Empty: videos are encoded in the stream.
+    latents: str = ""
+    encode: EncodeConfig = field(default_factory=EncodeConfig)
     stream: StreamConfig = field(default_factory=StreamConfig)
     synthetic: SyntheticConfig | None = None  # clips that `framework.data.synthetic` makes
 
@@ -69,5 +120,6 @@ class DataConfig:
             drop_caption=self.drop_caption,
             sources=self.sources,
             where=self.where,
+            encoded=bool(self.latents),
             seed=seed,
         )

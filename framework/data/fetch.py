@@ -80,7 +80,8 @@ def _read_run(store: Store, run: Sequence[Range]) -> list[_Part]:
     start = run[0].offset
     end = max(part.offset + part.size_bytes for part in run)
     try:
-        block = memoryview(store.read_range(run[0].shard, start, end - start))
+        where, name = store.at(run[0].shard)
+        block = memoryview(where.read_range(name, start, end - start))
     except FileNotFoundError as error:
         return [error] * len(run)
     except EOFError as error:

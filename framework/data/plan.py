@@ -42,7 +42,7 @@ from framework.data.plan_store import (
 )
 from framework.data.plan_writer import UNPLACED, PlanWriter, deal_steps, to_parquet
 from framework.data.recipe import Recipe, plan_digest, plan_identity
-from framework.data.views import choose_views, clip_hashes
+from framework.data.views import choose_views, clip_hashes, stored_views
 from framework.data.where import parse_where
 from framework.seeding import hash64, hash64_array
 from framework.storage import Store
@@ -60,7 +60,16 @@ __all__ = [
     "make_epoch",
 ]
 
-_FROM_MANIFEST = ("clip_id", "shard", "key", "offset", "size_bytes", "checksum", "source")
+_FROM_MANIFEST = (
+    "clip_id",
+    "shard",
+    "key",
+    "offset",
+    "size_bytes",
+    "checksum",
+    "checked_bytes",
+    "source",
+)
 _SEEN = ("num_frames", "fps", "height", "width")
 
 
@@ -220,7 +229,7 @@ class _Clips:
         if not self._in_split:
             raise ValueError(
                 f"the manifest has no clip of split {self.split!r}; index again with another "
-                "data.heldout_fraction"
+                "data.index.heldout_fraction"
             )
         if not self._offered:
             raise ValueError(
@@ -270,14 +279,17 @@ def _views(
     """Of clips in order, those that can be used, UNPLACED, and those refused."""
     # 64-bit offsets: the captions of tens of millions of clips exceed 2 GiB.
     captions = clips["captions"].cast(pa.large_list(pa.large_string()))
-    clips = clips.select([*_FROM_MANIFEST, *_SEEN])
+    clips = clips.select([*_FROM_MANIFEST, "first_frame", *_SEEN])
     ids = clips["clip_id"].to_numpy()
     assert len(np.unique(ids)) == len(ids), "clip_id repeats in the manifest"
 
     columns = {name: clips[name].to_numpy() for name in ("clip_id", *_SEEN)}
-    views = choose_views(
-        columns, recipe.views, recipe.geometry, recipe.max_tokens, recipe.seed, epoch
-    )
+    if recipe.encoded:
+        views = stored_views(columns, recipe.geometry, recipe.max_tokens)
+    else:
+        views = choose_views(
+            columns, recipe.views, recipe.geometry, recipe.max_tokens, recipe.seed, epoch
+        )
     chosen = _choose_captions(captions.combine_chunks(), ids, recipe, epoch)
     texts = chosen.dictionary_encode()  # a caption that many clips share is counted once
     lengths = np.array([num_text_tokens(text) for text in texts.dictionary.to_pylist()], np.int64)
@@ -292,7 +304,7 @@ def _views(
     )
     values = {name: clips[name] for name in _FROM_MANIFEST} | {
         "epoch": np.full(len(ids), epoch, np.int32),
-        "first_frame": views.first_frame,
+        "first_frame": clips["first_frame"].to_numpy() + views.first_frame,
         "stride": views.stride,
         "num_frames": views.num_frames,
         "height": views.height,

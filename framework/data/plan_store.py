@@ -31,6 +31,7 @@ _ROW_FIELDS: list[tuple[str, pa.DataType]] = [
     ("offset", pa.int64()),
     ("size_bytes", pa.int64()),
     ("checksum", pa.int64()),
+    ("checked_bytes", pa.int64()),
     ("first_frame", pa.int32()),
     ("stride", pa.int32()),
     ("num_frames", pa.int32()),
@@ -74,7 +75,8 @@ class ClipPlan:
     key: str
     offset: int
     size_bytes: int
-    checksum: int
+    checksum: int  # of its first `checked_bytes`
+    checked_bytes: int
     view: View
     grid: tuple[int, int, int]  # tokens in time, height, width
     fps: float  # frames a second that the model sees

@@ -12,7 +12,7 @@ from framework.data.cost import CostModel
 from framework.data.packing import PackLimits
 from framework.data.views import Geometry, ViewConfig
 
-FORMAT = 2  # of the plan's files and of the planner's choices: a change must give other digests
+FORMAT = 3  # of the plan's files and of the planner's choices: a change must give other digests
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class Recipe:
     # clip of every source once an epoch.
     sources: dict[str, float] = field(default_factory=dict)
     where: str = ""  # a filter, see framework.data.where; empty: all clips
+    encoded: bool = False  # the clips are latents of views that were chosen before
     seed: int = 0
 
     def __post_init__(self) -> None:

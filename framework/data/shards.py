@@ -17,22 +17,19 @@ from dataclasses import dataclass
 from io import BytesIO
 from typing import IO, Any, cast
 
-from pyarrow import NativeFile
-
+from framework.data.ranged_file import RangedFile
 from framework.storage import Store, with_retries
 
 VIDEO_EXTENSIONS = ("mp4", "mov", "webm", "mkv")
 STILL_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
 TEXT_EXTENSIONS = ("json", "txt")
-EXTENSIONS = VIDEO_EXTENSIONS + STILL_EXTENSIONS + TEXT_EXTENSIONS
+LATENTS_EXTENSION = "safetensors"
+EXTENSIONS = (*VIDEO_EXTENSIONS, *STILL_EXTENSIONS, *TEXT_EXTENSIONS, LATENTS_EXTENSION)
 
 # Chosen by hand. A clip is decoded in memory; a caption or a JSON of megabytes is not one.
 MAX_CLIP_BYTES = 2 << 30
 MAX_TEXT_BYTES = 4 << 20
 MAX_HEADER_BYTES = 1 << 20  # long names and pax records; a real one has a few hundred bytes
-# One request to an object store takes tens of milliseconds, the time of some MB: 16 KiB cost
-# nothing, and usually hold the next clip's JSON, caption and all three headers.
-READ_AHEAD_BYTES = 16 << 10
 # Tars end in zeros, filled up to a "record", by default of 10 KiB.
 MAX_PADDING_BYTES = 1 << 20
 
@@ -85,7 +82,7 @@ def write_shards(
 
     def flush() -> None:
         names.append(f"shard-{first_shard + len(names):06d}.tar")
-        store.write(names[-1], _tar_bytes(shard).getbuffer())
+        store.write(names[-1], tar_bytes(shard).getbuffer())
         shard.clear()
 
     for sample in samples:
@@ -102,8 +99,11 @@ def read_members(store: Store, name: str) -> tuple[list[Member], list[ShardProbl
     members: list[Member] = []
     problems: list[ShardProblem] = []
     with store.open_input(name) as file:
-        reader = _BlockReader(file)
-        for found in _walk(reader, name):
+
+        def read_at(offset: int, size_bytes: int) -> bytes:
+            return with_retries(lambda: file.read_at(size_bytes, offset))
+
+        for found in _walk(_HeaderFile(read_at, file.size()), name):
             if isinstance(found, ShardProblem):
                 problems.append(found)
             elif refusal := _refusal(found):
@@ -128,7 +128,7 @@ def group_samples(
     groups: list[tuple[str, dict[str, Member]]] = []
     num_ignored = 0
     for member in members:
-        if not member.ext:
+        if member.ext in ("", LATENTS_EXTENSION):
             num_ignored += 1
             continue
         slot = _slot(member.ext)
@@ -158,7 +158,8 @@ def group_samples(
     return samples, problems, num_ignored
 
 
-def _tar_bytes(samples: list[dict[str, Any]]) -> BytesIO:
+def tar_bytes(samples: list[dict[str, Any]]) -> BytesIO:
+    """One shard of `write_shards`."""
     import webdataset  # here: it imports torch, seconds that those who only read need not wait
 
     buffer, keys = BytesIO(), set()
@@ -194,37 +195,16 @@ def _encode(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, ensure_ascii=False).encode()
 
 
-class _BlockReader:
-    """A seekable file for `tarfile` that fetches blocks, so that small reads cost no request."""
+class _HeaderFile(RangedFile):
+    """A tar as `tarfile` may read it: a crafted header asks for any number of bytes."""
 
-    def __init__(self, file: NativeFile) -> None:
-        self._file = file
-        self.size_bytes = file.size()
-        self._position = 0
-        self._start, self._block = 0, b""
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, position: int) -> int:
-        self._position = position
-        return position
-
-    def read(self, size_bytes: int) -> bytes:
-        if not 0 <= size_bytes <= MAX_HEADER_BYTES:
-            raise tarfile.ReadError(f"a header of {size_bytes} bytes")
-        stop = min(self._position + size_bytes, self.size_bytes)
-        if not self._start <= self._position <= stop <= self._start + len(self._block):
-            start = self._position
-            count = min(max(size_bytes, READ_AHEAD_BYTES), max(self.size_bytes - start, 0))
-            self._block = with_retries(lambda: self._file.read_at(count, start)) if count else b""
-            self._start = start
-        data = self._block[self._position - self._start : max(stop - self._start, 0)]
-        self._position += len(data)
-        return data
+    def read(self, size: int = -1) -> bytes:
+        if not 0 <= size <= MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"a header of {size} bytes")
+        return super().read(size)
 
 
-def _walk(reader: _BlockReader, shard: str) -> Iterator[tarfile.TarInfo | ShardProblem]:
+def _walk(reader: _HeaderFile, shard: str) -> Iterator[tarfile.TarInfo | ShardProblem]:
     """Every header of a tar. `tarfile` by itself takes a corrupt one for the end of the tar."""
     tar = None
     start = 0

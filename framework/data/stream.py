@@ -115,8 +115,8 @@ def segment_steps(
 ) -> int:
     """Steps in a segment: as configured, or fewer, so that two full segments fit; at least 1."""
     token_bytes = reader.token_size * np.dtype(np.float32).itemsize
-    text_token_bytes = reader.encode_text("")[0].nbytes  # of an id, or of an embedding's row
-    pack_bytes = recipe.max_tokens * token_bytes + recipe.max_text_tokens * text_token_bytes
+    text_bytes = recipe.max_text_tokens * reader.text_token_bytes
+    pack_bytes = recipe.max_tokens * token_bytes + text_bytes
     fitting = (config.object_store_mb << 20) // (2 * pack_bytes * packs_per_step)
     return min(config.segment_steps, max(1, fitting))
 

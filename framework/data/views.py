@@ -214,6 +214,25 @@ def choose_views(
     )
 
 
+def stored_views(clips: Mapping[str, np.ndarray], geometry: Geometry, max_tokens: int) -> Views:
+    """Each clip as it is, for clips that hold a view already; "over_budget" is refused."""
+    shapes = [clips[name].astype(np.int64) for name in ("num_frames", "height", "width")]
+    distinct, which = np.unique(np.stack(shapes), axis=1, return_inverse=True)
+    counts = np.array([geometry.num_tokens(*shape) for shape in distinct.T.tolist()], np.int64)
+    tokens = counts[which.reshape(-1)]
+    return Views(
+        first_frame=np.zeros_like(tokens),
+        stride=np.ones_like(tokens),
+        num_frames=shapes[0],
+        height=shapes[1],
+        width=shapes[2],
+        flip=np.zeros(len(tokens), bool),
+        fps=clips["fps"].astype(np.float32),
+        tokens=tokens,
+        refused=np.where(tokens > max_tokens, "over_budget", ""),
+    )
+
+
 def _choose_sizes(
     heights: np.ndarray, widths: np.ndarray, config: ViewConfig
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -128,6 +128,7 @@ def evaluate(
     say: Callable[[str], None],
 ) -> Evaluation:
     """Validation loss, Fréchet distance and, for synthetic clips, prompt following."""
+    assembly = assembly.on_videos()  # samples are compared with frames
     manifest = read_manifest(assembly.data.manifest)
     plan = _heldout_plan(assembly, plan_store)
     reader = assembly.reader(manifest.shards_url)

@@ -20,6 +20,7 @@ from framework.data.views import Geometry
 from framework.diffusion.guidance import guided
 from framework.diffusion.objective import Objective
 from framework.diffusion.samplers import SamplerConfig
+from framework.networks import to_uint8
 from framework.seeding import draws, hash64
 from model_zoo.patchify import unpatchify
 from model_zoo.protocols import TextEncoder, VideoCodec
@@ -161,6 +162,4 @@ def _frames(request: _Request, tokens: Tensor, codec: VideoCodec, geometry: Geom
     top = (pixels.shape[2] - prompt.height) // 2
     left = (pixels.shape[3] - prompt.width) // 2
     cropped = pixels[: prompt.num_frames, :, top : top + prompt.height, left : left + prompt.width]
-    # The inverse of frames / 127.5 - 1, as the data is scaled.
-    uint8 = ((cropped.float() + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
-    return uint8.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    return to_uint8(cropped)

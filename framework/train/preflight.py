@@ -118,9 +118,10 @@ def check_storage(run: Store, checkpoint_bytes: int = 0) -> Check:
 
 
 def check_shards(shards_url: str, shard: str) -> Check:
-    """Read the first bytes of one shard."""
+    """Read the first byte of one shard."""
     try:
-        Store(shards_url).read_range(shard, 0, 512)
+        store, name = Store(shards_url).at(shard)
+        store.read_range(name, 0, 1)
     except (OSError, EOFError) as error:
         return Check(
             "shards",

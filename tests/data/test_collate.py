@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from framework.data.collate import ClipReader, assemble, to_batch
+from framework.data.collate import VideoReader, assemble, to_batch
 from framework.data.cost import CostModel
 from framework.data.plan import ClipPlan, PackPlan, Recipe
 from framework.data.views import Geometry, View, ViewConfig
@@ -22,6 +22,7 @@ CLIP = ClipPlan(
     offset=4,
     size_bytes=8,
     checksum=1,
+    checked_bytes=8,
     view=View(0, 1, 2, 8, 8),
     grid=(2, 1, 1),
     fps=8.0,
@@ -42,9 +43,10 @@ class LockedStore(Store):
         raise PermissionError(f"{name}: ACCESS_DENIED")
 
 
-def reader(store: Store) -> ClipReader:
-    return ClipReader(
+def reader(store: Store) -> VideoReader:
+    return VideoReader(
         shards=store,
+        exclude=frozenset(),
         tokenize=lambda frames: np.ones((len(frames), 3), np.float32),
         encode_text=lambda caption: np.zeros(1, np.int64),
         token_size=3,
@@ -62,9 +64,10 @@ def test_a_clip_that_is_damaged_or_gone_is_a_named_hole(
     store = Store(tmp_path)
     if shard is not None:
         store.write(CLIP.shard, shard)
-    ((tokens, found, stats),) = reader(store).read([CLIP])
+    ((tokens, text, found, stats),) = reader(store).read([CLIP])
     assert (stats.clips, stats.size_bytes) == (1, 8)
     assert np.array_equal(tokens, np.zeros((2, 3), np.float32))
+    assert len(text) == CLIP.text_tokens
     assert cause in found
 
 
@@ -78,7 +81,7 @@ def test_a_clip_that_is_taken_out_leaves_a_hole_and_is_not_read(tmp_path: Path) 
     store = Store(tmp_path)
     store.write(CLIP.shard, b"....." + video)
     kept = replace(CLIP, clip_id=8, epoch=3, offset=5, size_bytes=len(video))
-    kept = replace(kept, checksum=zlib.crc32(video))
+    kept = replace(kept, checksum=zlib.crc32(video), checked_bytes=len(video))
     recipe = Recipe(
         views=ViewConfig(frames=(2,), sizes=((8, 8),)),
         geometry=Geometry(1, 8, False, (1, 1, 1)),

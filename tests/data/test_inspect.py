@@ -19,8 +19,9 @@ from framework.storage import Store
 @pytest.fixture
 def line(tmp_path: Path, small_shards: Store) -> Assembly:
     names = [name for name in small_shards.list() if name.endswith(".tar")]
-    found = {n: index_shard(small_shards.url, n, IndexConfig(heldout_fraction=0.2)) for n in names}
-    write_index(small_shards.url, f"{tmp_path}/manifest", found)
+    chosen = IndexConfig(heldout_fraction=0.2)
+    found = {n: index_shard(small_shards.url, n, chosen) for n in names}
+    write_index(small_shards.url, f"{tmp_path}/manifest", found, chosen)
     shards = small_shards.local_path()
     overrides = [f"data.shards={shards}", f"data.manifest={tmp_path}/manifest"]
     return Assembly.of(compose(["experiment=demo", "data.max_tokens=256", *overrides]))

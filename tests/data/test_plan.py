@@ -49,6 +49,8 @@ def log_normal_clips(count: int, areas: tuple[int, ...], seed: int = 0) -> Clips
         "offset": np.arange(count) * 512,
         "size_bytes": np.full(count, 100),
         "checksum": np.arange(count),
+        "checked_bytes": np.arange(count) + 7,
+        "first_frame": np.zeros(count, np.int32),
         "num_frames": (seconds * 24).astype(np.int32),
         "fps": np.full(count, 24, np.float32),
         "height": height.astype(np.int32),
@@ -177,7 +179,7 @@ def test_rows_carry_what_the_manifest_says(plan):
     dropped = 0
     for clip in real_clips(plan):
         row = rows[clip.clip_id]
-        for name in ("key", "shard", "offset", "size_bytes", "checksum", "source"):
+        for name in ("key", "shard", "offset", "size_bytes", "checksum", "checked_bytes", "source"):
             assert getattr(clip, name) == row[name]
         assert plan.sources[clip.source_id] == clip.source
         assert (clip.fps, clip.weight, clip.view.stride) == (8.0, 1.0, 3)
@@ -371,7 +373,9 @@ def test_mistakes_are_answered(plan, tmp_path):
         plan.locate(10_000)
     with pytest.raises(ValueError, match="no plan abc"):
         Plan(Store(tmp_path), "abc")
-    small = CLIPS.table.set_column(7, "fps", pa.array([900.0] * 300, pa.float32()))
+    small = CLIPS.table.set_column(
+        CLIPS.table.schema.get_field_index("fps"), "fps", pa.array([900.0] * 300, pa.float32())
+    )
     with pytest.raises(ValueError, match=r"none of 300 clips of split 'train'.*too_short"):
         make(Store(tmp_path), Clips(small))
     with pytest.raises(ValueError, match="no clip of split 'test'"):

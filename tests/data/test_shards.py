@@ -6,6 +6,7 @@ import tarfile
 import pytest
 
 from framework.data import shards
+from framework.data.ranged_file import FIRST_READ_BYTES
 from framework.data.shards import group_samples, read_members, split_name, write_shards
 from framework.storage import Store
 
@@ -178,7 +179,7 @@ def test_only_headers_are_read(tmp_path):
     assert (len(members), problems) == (15, [])
     # One request for each clip: what follows its video is the next one's JSON and video header.
     assert store.opened.requests <= 6
-    assert store.opened.bytes <= 6 * shards.READ_AHEAD_BYTES
+    assert store.opened.bytes <= 6 * FIRST_READ_BYTES
     assert store.size(name) > 5 << 20
 
 

@@ -5,6 +5,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from framework.assembly import Assembly
 from framework.config import compose
@@ -34,8 +36,9 @@ def line(tmp_path_factory: pytest.TempPathFactory) -> tuple[Assembly, Plan, str]
     )
     store = Store(folder / "clips")
     write_shards(store, shard_samples(SyntheticConfig(num_clips=40), 0), 40)
-    found = {SHARD: index_shard(store.url, SHARD, IndexConfig(heldout_fraction=0.0))}
-    write_index(store.url, f"{folder}/manifest", found)
+    chosen = IndexConfig(heldout_fraction=0.0)
+    found = {SHARD: index_shard(store.url, SHARD, chosen)}
+    write_index(store.url, f"{folder}/manifest", found, chosen)
     assembly = Assembly.of(config)
     plan = assembly.make_plan(Store(folder), 1, print)
     return assembly, plan, store.url
@@ -88,6 +91,32 @@ def test_two_segments_fit_the_object_store(line: tuple[Assembly, Plan, str]) -> 
     assert segment_steps(recipe, embedded, replace(longest, object_store_mb=50), 3) == 5
 
 
+@settings(max_examples=30, deadline=None)
+@given(st.data())
+def test_the_number_of_ranks_may_change_at_any_step(
+    line: tuple[Assembly, Plan, str], data: st.DataObject
+) -> None:
+    """Of 1, 2, 3, 4 and 8 ranks; over the border of epochs, each clip once and only once."""
+    assembly, plan, _ = line
+    wide = replace(assembly, data=replace(assembly.data, global_batch_packs=8))
+    run = plan.store.child("wide")
+    per_epoch = wide.make_plan(run, 1, lambda _: None).num_steps(0)
+    plan = wide.make_plan(run, per_epoch + 1, lambda _: None)
+    seen: dict[int, list[int]] = {0: [], 1: []}
+    size = 1
+    for number in range(2 * per_epoch):
+        if data.draw(st.booleans()):  # stopped here, and resumed on so many
+            size = data.draw(st.sampled_from([1, 2, 3, 4, 8]))
+        epoch, step = plan.locate(number)
+        packs = [pack for rank in range(size) for pack in plan.packs(epoch, step, rank, size)]
+        assert len({len(plan.packs(epoch, step, rank, size)) for rank in range(size)}) == 1
+        real = sorted((pack for pack in packs if not pack.dummy), key=lambda pack: pack.index)
+        assert real == [pack for pack in plan.packs(epoch, step, 0, 1) if not pack.dummy]
+        seen[epoch] += [clip.clip_id for pack in real for clip in pack.clips if not clip.dummy]
+    for epoch, clips in seen.items():
+        assert len(clips) == len(set(clips)) == plan.summary(epoch).clips
+
+
 @pytest.fixture
 def local_ray() -> Iterator[None]:
     import ray
@@ -126,6 +155,13 @@ def test_global_batches_do_not_know_the_number_of_ranks(line: tuple[Assembly, Pl
         assert sorted(both) == sorted(pack for pack in packs if pack[0])
         assert len(halves[0][step]) == len(halves[1][step]) == 2  # 3 packs and a dummy
     assert batches(2, 0, 1) == whole[2:]  # a resume is an integer
+
+    # Over the border of epochs, never stopped; and stopped just before, on and after it.
+    plan = assembly.make_plan(plan.store.child("longer"), count + 2, lambda _: None)
+    start, count = count - 2, count + 2
+    whole = batches(start, 0, 1)
+    for stop in range(1, 4):
+        assert batches(start + stop, 0, 1) == whole[stop:]
 
     with open_stream(plan, reader, config, 1, 2, 0, 1) as steps:
         (packs,) = list(steps)

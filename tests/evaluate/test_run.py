@@ -37,8 +37,9 @@ def config(small_line: list[str], tmp_path: Path) -> RunConfig:
     )
     clips = SyntheticConfig(num_clips=24, still_share=0.1)
     write_shards(Store(config.data.shards), shard_samples(clips, 0), 24)
-    found = {SHARD: index_shard(config.data.shards, SHARD, IndexConfig(heldout_fraction=0.5))}
-    write_index(config.data.shards, config.data.manifest, found)
+    chosen = IndexConfig(heldout_fraction=0.5)
+    found = {SHARD: index_shard(config.data.shards, SHARD, chosen)}
+    write_index(config.data.shards, config.data.manifest, found, chosen)
     return config
 
 

@@ -1,0 +1,76 @@
+"""A clip encoded ahead, as a safetensors file: its latents, and the text tokens of its captions.
+
+latents        (C, F, h, w)
+text-<hash>    (k,) ids or (k, D) embeddings, for each caption and for the empty one
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from framework.seeding import hash64
+
+LATENTS = "latents"
+
+
+@dataclass(frozen=True)
+class Encoders:
+    """The networks, picklable; they are built where they are first called.
+
+    frames: uint8 (T, H, W, 3) -> latents (C, F, h, w) on the CPU. text: caption -> (k,) or (k, D).
+    """
+
+    frames: Callable[[np.ndarray], Tensor]
+    text: Callable[[str], Tensor]
+
+
+def encoding_differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """In which keys two encodings differ, a sentence each."""
+    return [
+        f"{key}: {there.get(key)!r} there, {here.get(key)!r} here"
+        for key in sorted({*there, *here})
+        if there.get(key) != here.get(key)
+    ]
+
+
+def dump_clip(latents: Tensor, texts: Mapping[str, Tensor], dtype: torch.dtype) -> bytes:
+    """A file; floating tensors are stored as `dtype`, ids as they are."""
+    tensors = {LATENTS: latents} | {_name(caption): text for caption, text in texts.items()}
+    return safetensors.torch.save(
+        {
+            name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
+            for name, tensor in tensors.items()
+        }
+    )
+
+
+def load_clip(data: bytes, caption: str) -> tuple[Tensor, Tensor]:
+    """Latents in float32, and the text tokens of one caption. ValueError where it has no such."""
+    try:
+        tensors = safetensors.torch.load(data)
+        latents, text = tensors[LATENTS], tensors[_name(caption)]
+    except SafetensorError as error:
+        raise ValueError(f"not a safetensors file: {error}") from error
+    except KeyError as error:
+        raise ValueError(f"no tensor {error}, of caption {caption[:100]!r}") from error
+    return latents.float(), text.float() if text.is_floating_point() else text
+
+
+def dump_text(text: Tensor) -> bytes:
+    """The text tokens of one caption alone, for dummies."""
+    return safetensors.torch.save({_name(""): text.contiguous()})
+
+
+def load_text(data: bytes) -> Tensor:
+    """The reverse of `dump_text`."""
+    return safetensors.torch.load(data)[_name("")]
+
+
+def _name(caption: str) -> str:
+    return f"text-{hash64(caption):016x}"
