@@ -120,8 +120,10 @@ def _duration(seconds: float) -> str:
 
 
 def _durations(quantiles: dict[str, float]) -> str:
-    shown = [f"{seconds:g} s ({share})" for share, seconds in quantiles.items()]
-    return " … ".join(shown) or "none"
+    if not quantiles:
+        return "no video"
+    least, low, median, high, most = (f"{seconds:g}" for seconds in quantiles.values())
+    return f"{least} to {most} s; the median is {median} s, nine in ten last {low} to {high} s"
 
 
 def _first(counts: dict[str, int], limit: int = 6) -> str:
