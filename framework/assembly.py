@@ -33,7 +33,7 @@ from framework.networks import (
     built,
 )
 from framework.storage import Store
-from model_zoo.flops import cost_coefficients
+from model_zoo.flops import Work, cost_coefficients
 from model_zoo.patchify import patch_std
 from model_zoo.protocols import TextEncoder, VideoCodec
 
@@ -89,7 +89,7 @@ class Assembly:
     def recipe(self) -> Recipe:
         """The plan's recipe, complete with the geometry and the run's seed."""
         text_tokens = self.data.max_text_tokens // self.data.max_clips
-        linear, quadratic = cost_coefficients(self.model, self.token_size, text_tokens)
+        linear, quadratic = cost_coefficients(self.work(), text_tokens)
         return self.data.recipe(self.geometry, CostModel(linear, quadratic), self.seed)
 
     def check(self) -> None:
@@ -103,6 +103,11 @@ class Assembly:
         the list of clips to take out cannot be read."""
         check_choice(self._open_manifest(), self.recipe())
         self._excluded()
+
+    def work(self) -> Work:
+        """What a forward pass of the model takes."""
+        text_dim = getattr(self.build_text(), "dim", None)
+        return self.model.work(self.token_size, text_dim)
 
     def num_parameters(self) -> int:
         """Of the denoiser, counted without memory for it."""

@@ -7,16 +7,19 @@ uniform with zero bias (as in DiT and Wan), from torch's global generator.
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from model_zoo.attention import Segments, packed_attention
 from model_zoo.rope import rotate
 
 CheckpointMode = Literal["none", "full", "every_k"]
+QKNormOver = Literal["head", "width"]
+Gelu = Literal["tanh", "none"]
 
 
 @dataclass(frozen=True)
@@ -31,15 +34,20 @@ class CheckpointPolicy:
     every: int = 1
 
     def __post_init__(self) -> None:
-        if self.mode not in get_args(CheckpointMode):
-            modes = ", ".join(get_args(CheckpointMode))
-            raise ValueError(f"mode={self.mode!r} is not known; use one of {modes}")
+        check_choice("mode", self.mode, CheckpointMode)
         if self.every < 1:
             raise ValueError(f"every={self.every} must be at least 1; 1 means all blocks")
 
     def applies(self, block: int) -> bool:
         """Whether the block of this index is computed again."""
         return self.mode == "full" or (self.mode == "every_k" and block % self.every == 0)
+
+    def run(self, block: nn.Module, index: int, *inputs: Any) -> Any:
+        """`block(*inputs)`, by this policy."""
+        if self.applies(index) and torch.is_grad_enabled():
+            # Nothing in a block is random, so no generator's state need be kept.
+            return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return block(*inputs)
 
 
 class Linear(nn.Linear):
@@ -79,7 +87,7 @@ class Float32Linear(nn.Linear):
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm over the head dim, in float32, with one weight for each channel."""
+    """Root-mean-square norm over the last dim, in float32, with one weight for each channel."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -91,15 +99,29 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), 1e-6).to(x.dtype)
 
 
+class QKNorm(RMSNorm):
+    """RMS norm of queries or keys (n, N, d): over each head, or over all heads together as Wan."""
+
+    def __init__(self, width: int, num_heads: int, over: QKNormOver) -> None:
+        super().__init__(width // num_heads if over == "head" else width)
+        self.over = over
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, N, d) -> (n, N, d)."""
+        if self.over == "head":
+            return super().forward(x)
+        return super().forward(x.flatten(-2)).view_as(x)
+
+
 class SelfAttention(nn.Module):
     """Attention of each segment to itself; queries and keys are normalised, then rotated."""
 
-    def __init__(self, width: int, num_heads: int) -> None:
+    def __init__(self, width: int, num_heads: int, qk_norm: QKNormOver = "head") -> None:
         super().__init__()
         self.num_heads = num_heads
         self.qkv = Linear(width, 3 * width, chunks=3)
-        self.q_norm = RMSNorm(width // num_heads)
-        self.k_norm = RMSNorm(width // num_heads)
+        self.q_norm = QKNorm(width, num_heads, qk_norm)
+        self.k_norm = QKNorm(width, num_heads, qk_norm)
         self.out = Linear(width, width)
 
     def forward(self, x: Tensor, segments: Segments, rotation: Tensor | None = None) -> Tensor:
@@ -115,13 +137,13 @@ class SelfAttention(nn.Module):
 class CrossAttention(nn.Module):
     """Attention of each segment's video tokens to its text tokens; no text gives only the bias."""
 
-    def __init__(self, width: int, num_heads: int) -> None:
+    def __init__(self, width: int, num_heads: int, qk_norm: QKNormOver = "head") -> None:
         super().__init__()
         self.num_heads = num_heads
         self.q = Linear(width, width)
         self.kv = Linear(width, 2 * width, chunks=2)
-        self.q_norm = RMSNorm(width // num_heads)
-        self.k_norm = RMSNorm(width // num_heads)
+        self.q_norm = QKNorm(width, num_heads, qk_norm)
+        self.k_norm = QKNorm(width, num_heads, qk_norm)
         self.out = Linear(width, width)
 
     def forward(self, x: Tensor, text: Tensor, segments: Segments) -> Tensor:
@@ -135,18 +157,22 @@ class CrossAttention(nn.Module):
 class FeedForward(nn.Module):
     """Two linear layers with a GELU between them.
 
-    The exact GELU, where Wan takes the tanh form: they differ by less than 5e-4, and on a CPU the
-    tanh kernel takes three times as long (6.2 against 2.1 ms forward and backward for 1536 x 512).
+    gelu: "tanh" as in DiT and Wan, or "none" for the exact one: they differ by less than 5e-4, and
+    on a CPU the tanh kernel takes three times as long (6.2 against 2.1 ms forward and backward for
+    1536 x 512).
     """
 
-    def __init__(self, width: int, hidden: int, out: int | None = None) -> None:
+    def __init__(
+        self, width: int, hidden: int, out: int | None = None, gelu: Gelu = "tanh"
+    ) -> None:
         super().__init__()
+        self.gelu = gelu
         self.up = Linear(width, hidden)
         self.down = Linear(hidden, out or width)
 
     def forward(self, x: Tensor) -> Tensor:
         """(L, in) -> (L, out)."""
-        return self.down(F.gelu(self.up(x)))
+        return self.down(F.gelu(self.up(x), approximate=self.gelu))
 
 
 def norm(x: Tensor) -> Tensor:
@@ -176,3 +202,26 @@ def sinusoidal_embedding(position: Tensor, dim: int) -> Tensor:
     exponent = torch.arange(half, device=position.device, dtype=torch.float32) / half
     angle = position.float()[..., None] * torch.exp(-math.log(10000.0) * exponent)
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
+
+
+def check_choice(name: str, value: str, choices: Any) -> None:
+    """ValueError unless `value` is one of a Literal's; `name` is the field's."""
+    if value not in get_args(choices):
+        raise ValueError(
+            f"{name}={value!r} is not known; use one of {', '.join(get_args(choices))}"
+        )
+
+
+def check_positive(config: Any, *names: str) -> None:
+    """ValueError where one of these fields of a config is below 1."""
+    for name in names:
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name}={getattr(config, name)} must be at least 1")
+
+
+def head_dim(width: int, num_heads: int) -> int:
+    """Channels of one attention head; ValueError where the heads do not divide the width."""
+    if width % num_heads:
+        fitting = next(n for n in range(num_heads, 0, -1) if width % n == 0)
+        raise ValueError(f"width={width} must be divisible by num_heads={num_heads}; try {fitting}")
+    return width // num_heads

@@ -42,7 +42,7 @@ HEAVY = {
 
 # What a folder or file may import, apart from the standard library and what HEAVY grants it.
 ONLY = {
-    "model_zoo/*": ("model_zoo", "numpy", "torch"),
+    "model_zoo/*": ("model_zoo", "numpy", "safetensors", "torch"),
     "framework/diffusion/*": (
         "framework.batch",
         "framework.diffusion",

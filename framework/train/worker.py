@@ -208,13 +208,8 @@ def _train(rank: _Rank, engine: Engine, stream: Iterator[tuple[int, list[PackedB
 
 def _flops(args: WorkerArgs, inputs: StepInput) -> float:
     """Model FLOPs of a step over all ranks, taking this rank's clips for the mixture of all."""
-    lengths = [
-        length
-        for batch, _ in inputs.packs
-        for length in batch.cu_seqlens.diff()[batch.clip_ids >= 0].tolist()
-    ]
-    per_token = training_flops_per_token(args.assembly.model, args.assembly.token_size, lengths)
-    return per_token * inputs.tokens
+    grids = [grid for batch, _ in inputs.packs for grid in batch.grid[batch.clip_ids >= 0].tolist()]
+    return training_flops_per_token(args.assembly.work(), grids) * inputs.tokens
 
 
 def _model(args: WorkerArgs) -> nn.Module:

@@ -1,0 +1,199 @@
+"""Weights of others: diffusers' Wan transformers into a `DiT` of the same numbers, and back.
+
+A folder holds `config.json` and safetensors files, whole or in pieces with an index, as diffusers
+saves `WanTransformer3DModel`. Only text-to-video models: one with an image encoder is refused. Both
+ways are exact; projections are fused or cut apart, and nothing is computed.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from model_zoo.dit import TIME_FEATURES, DiT, DiTConfig
+from model_zoo.text_stem import TextEmbeddingStem
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+# Ours -> Wan's, where a tensor has another name only; {i} is a block.
+_SAME = {
+    "time_embedding.0": "condition_embedder.time_embedder.linear_1",
+    "time_embedding.2": "condition_embedder.time_embedder.linear_2",
+    "time_projection.1": "condition_embedder.time_proj",
+    "text_stem.mlp.up": "condition_embedder.text_embedder.linear_1",
+    "text_stem.mlp.down": "condition_embedder.text_embedder.linear_2",
+}
+_SAME_IN_BLOCK = {
+    "attention.out": "attn1.to_out.0",
+    "attention.q_norm": "attn1.norm_q",
+    "attention.k_norm": "attn1.norm_k",
+    "cross_norm": "norm2",
+    "cross_attention.q": "attn2.to_q",
+    "cross_attention.out": "attn2.to_out.0",
+    "cross_attention.q_norm": "attn2.norm_q",
+    "cross_attention.k_norm": "attn2.norm_k",
+    "ffn.up": "ffn.net.0.proj",
+    "ffn.down": "ffn.net.2",
+}
+# Ours, stacked -> Wan's.
+_STACKED_IN_BLOCK = {
+    "attention.qkv": ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
+    "cross_attention.kv": ("attn2.to_k", "attn2.to_v"),
+}
+
+
+@dataclass(frozen=True)
+class WanShape:
+    """A Wan transformer as our config, and what `DiTConfig.build` wants beside it."""
+
+    config: DiTConfig
+    channels: int  # of the latents
+    text_dim: int
+
+    @property
+    def token_size(self) -> int:
+        """Values in one patch."""
+        return self.channels * prod(self.config.patch)
+
+    def build(self) -> DiT:
+        """The model, with weights of its own."""
+        return self.config.build(self.token_size, None, self.text_dim)
+
+
+def wan_shape(config: Mapping[str, Any]) -> WanShape:
+    """From diffusers' `config.json`; ValueError names what our DiT does not have."""
+    wanted = {
+        "cross_attn_norm": (True,),
+        "qk_norm": ("rms_norm_across_heads",),
+        "eps": (1e-6,),
+        "freq_dim": (TIME_FEATURES,),
+        "image_dim": (None,),
+        "added_kv_proj_dim": (None,),
+        "out_channels": (None, config["in_channels"]),
+    }
+    for name, values in wanted.items():
+        if config.get(name, values[0]) not in values:
+            raise ValueError(f"{name}={config[name]!r}: only {values[-1]!r} can be converted")
+    heads = config["num_attention_heads"]
+    ours = DiTConfig(
+        width=heads * config["attention_head_dim"],
+        ffn=config["ffn_dim"],
+        num_heads=heads,
+        depth=config["num_layers"],
+        patch=tuple(config["patch_size"]),
+        qk_norm="width",
+    )
+    return WanShape(ours, config["in_channels"], config["text_dim"])
+
+
+def wan_config(shape: WanShape) -> dict[str, Any]:
+    """The reverse of `wan_shape`; ValueError where the model has what Wan has not."""
+    ours = shape.config
+    if ours.qk_norm != "width" or ours.pooled_text or ours.gelu != "tanh":
+        raise ValueError("Wan has qk_norm='width', pooled_text=False and gelu='tanh'")
+    if ours.rope_theta != 10000.0:
+        raise ValueError(f"rope_theta={ours.rope_theta}: Wan has 10000")
+    return {
+        "_class_name": "WanTransformer3DModel",
+        "patch_size": list(ours.patch),
+        "num_attention_heads": ours.num_heads,
+        "attention_head_dim": ours.head_dim,
+        "in_channels": shape.channels,
+        "out_channels": shape.channels,
+        "text_dim": shape.text_dim,
+        "freq_dim": TIME_FEATURES,
+        "ffn_dim": ours.ffn,
+        "num_layers": ours.depth,
+        "cross_attn_norm": True,
+        "qk_norm": "rms_norm_across_heads",
+        "eps": 1e-6,
+    }
+
+
+def from_wan(state: Mapping[str, Tensor], shape: WanShape) -> dict[str, Tensor]:
+    """State of WanTransformer3DModel -> state of our DiT. ValueError names tensors left over."""
+    left = dict(state)
+    ours: dict[str, Tensor] = {}
+    for mine, theirs in _names(shape.config.depth):
+        ours[mine] = torch.cat([left.pop(name) for name in theirs])
+    kernel = left.pop("patch_embedding.weight")  # (D, C, pt, ph, pw)
+    ours["embed.weight"] = kernel.permute(0, 2, 3, 4, 1).flatten(1).contiguous()
+    ours["embed.bias"] = left.pop("patch_embedding.bias")
+    ours["head.modulation"] = left.pop("scale_shift_table")[0]
+    for i in range(shape.config.depth):
+        ours[f"blocks.{i}.modulation"] = left.pop(f"blocks.{i}.scale_shift_table")[0]
+    if left:
+        raise ValueError(
+            f"{len(left)} tensors have no place in a DiT: {', '.join(sorted(left)[:3])}"
+        )
+    return ours
+
+
+def to_wan(state: Mapping[str, Tensor], shape: WanShape) -> dict[str, Tensor]:
+    """State of our DiT -> state of WanTransformer3DModel. ValueError names tensors left over."""
+    left = dict(state)
+    wan: dict[str, Tensor] = {}
+    for mine, theirs in _names(shape.config.depth):
+        for name, part in zip(theirs, left.pop(mine).chunk(len(theirs)), strict=True):
+            wan[name] = part.contiguous()
+    weight = left.pop("embed.weight").unflatten(1, (*shape.config.patch, shape.channels))
+    wan["patch_embedding.weight"] = weight.permute(0, 4, 1, 2, 3).contiguous()
+    wan["patch_embedding.bias"] = left.pop("embed.bias")
+    wan["scale_shift_table"] = left.pop("head.modulation")[None]
+    for i in range(shape.config.depth):
+        wan[f"blocks.{i}.scale_shift_table"] = left.pop(f"blocks.{i}.modulation")[None]
+    if left:
+        raise ValueError(f"{len(left)} tensors have no place in Wan: {', '.join(sorted(left)[:3])}")
+    return wan
+
+
+def load_wan(folder: Path) -> DiT:
+    """The model that diffusers saved in `folder`; ValueError where it is none that we have."""
+    shape = wan_shape(json.loads((folder / "config.json").read_text()))
+    index = folder / f"{WEIGHTS}.index.json"
+    if index.exists():
+        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    else:
+        files = [WEIGHTS]
+    state = {name: tensor for file in files for name, tensor in load_file(folder / file).items()}
+    with torch.device("meta"):
+        model = shape.build()
+    model.load_state_dict(from_wan(state, shape), assign=True)
+    return model
+
+
+def save_wan(model: DiT, folder: Path) -> None:
+    """Write `folder` as diffusers reads it. ValueError where the model is no Wan."""
+    if not isinstance(model.text_stem, TextEmbeddingStem):
+        raise ValueError("text comes as ids: Wan reads embeddings")
+    channels = model.embed.in_features // prod(model.config.patch)
+    shape = WanShape(model.config, channels, model.text_stem.mlp.up.in_features)
+    config = wan_config(shape)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(to_wan(model.state_dict(), shape), folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _names(depth: int) -> list[tuple[str, tuple[str, ...]]]:
+    """Our tensors and those of Wan that they are stacked of."""
+    layers: list[tuple[str, tuple[str, ...]]] = [(mine, (name,)) for mine, name in _SAME.items()]
+    layers.append(("head.out", ("proj_out",)))
+    for i in range(depth):
+        here = f"blocks.{i}."
+        layers += [(here + mine, (here + theirs,)) for mine, theirs in _SAME_IN_BLOCK.items()]
+        layers += [
+            (here + mine, tuple(here + name for name in theirs))
+            for mine, theirs in _STACKED_IN_BLOCK.items()
+        ]
+    no_bias = ("q_norm", "k_norm")
+    return [
+        (f"{mine}.{kind}", tuple(f"{name}.{kind}" for name in theirs))
+        for mine, theirs in layers
+        for kind in ("weight", "bias")
+        if kind == "weight" or not mine.endswith(no_bias)
+    ]
