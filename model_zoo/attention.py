@@ -3,8 +3,9 @@
 Shapes: B segments (clips), Lq queries and Lk keys in a pack, N heads, d head dim.
 A pack holds segments end to end; segment b's queries see segment b's keys and nothing else.
 `Segments` says where segments lie; it is made once a forward pass and shared by all layers, so that
-boundaries are read to the host once. Invariant: what stands in one segment, a NaN included, never
-reaches another.
+boundaries are read to the host once. Kernels stand behind one operator, registered with torch, so
+that a block is compiled once for packs of any lengths. Invariant: what stands in
+one segment, a NaN included, never reaches another.
 """
 
 import importlib.util
@@ -12,16 +13,26 @@ import logging
 from dataclasses import dataclass
 from functools import cache
 from itertools import groupby
-from typing import Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
-AttentionBackend = Literal["varlen", "flash_attn", "sdpa", "dense"]
+# fa4, fa3: those packages, under torch's own operator; varlen: FlashAttention-2 inside torch;
+# flash_attn: that package, version 2; sdpa: runs of equal segments; dense: the oracle.
+AttentionBackend = Literal["fa4", "fa3", "flash_attn", "varlen", "sdpa", "dense"]
 
 _log = logging.getLogger(__name__)
 _HALF = (torch.float16, torch.bfloat16)
+# Backend -> the module that it needs; torch >= 2.10 takes the first two under its own operator.
+_MODULES = {
+    "fa4": "flash_attn.cute",
+    "fa3": "flash_attn_interface",
+    "flash_attn": "flash_attn",
+    "varlen": "torch.nn.attention.varlen",
+}
 
 
 @dataclass(frozen=True)
@@ -35,13 +46,14 @@ class Run:
 
 @dataclass(frozen=True)
 class Segments:
-    """Where the segments of queries and keys lie, and which kernel attends within them."""
+    """Where the segments of queries and keys lie, and which kernel attends within them.
+
+    Tensors and a name alone: a number that changes from pack to pack would compile a block anew.
+    """
 
     cu_q: Tensor  # (B+1,) int32, ends with Lq
     cu_k: Tensor  # (B+1,) int32, ends with Lk
-    max_q: int
-    max_k: int
-    runs: tuple[Run, ...]  # in order; they cover the queries and the keys exactly
+    lengths: Tensor  # (2, B) int64 on the CPU: queries and keys of each segment
     backend: AttentionBackend
 
     @staticmethod
@@ -60,16 +72,18 @@ class Segments:
                 f"cu_q has {cu_q.shape[0] - 1} segments and cu_k {cu_k.shape[0] - 1}: "
                 "queries and keys must have the same segments; keep empty ones in both"
             )
-        ends_q, ends_k = host or (cu_q.tolist(), cu_k.tolist())
-        lengths = [
-            (ends_q[b + 1] - ends_q[b], ends_k[b + 1] - ends_k[b]) for b in range(len(ends_q) - 1)
-        ]
-        runs = tuple(
-            Run(len(list(group)), q, k) for (q, k), group in groupby(lengths) if q > 0 or k > 0
-        )
-        max_q = max((q for q, _ in lengths), default=0)
-        max_k = max((k for _, k in lengths), default=0)
-        return Segments(cu_q.int(), cu_k.int(), max_q, max_k, runs, backend)
+        lengths = torch.tensor(host or (cu_q.tolist(), cu_k.tolist())).diff()
+        return Segments(cu_q.int(), cu_k.int(), lengths, backend)
+
+    @property
+    def runs(self) -> tuple[Run, ...]:
+        """In order; they cover the queries and the keys exactly."""
+        return _runs(self.lengths)
+
+
+def _runs(lengths: Tensor) -> tuple[Run, ...]:
+    pairs = lengths.t().tolist()
+    return tuple(Run(len(list(group)), q, k) for (q, k), group in groupby(pairs) if q or k)
 
 
 def check_backend_name(name: str) -> None:
@@ -87,79 +101,253 @@ def choose_backend(
 ) -> AttentionBackend:
     """The kernel for `dtype` on `device`, decided once and logged.
 
-    "auto" takes `varlen_attn` (FlashAttention-2 inside torch) on CUDA in half precision, and SDPA
-    over runs of equal segments elsewhere. Raises ValueError for an unknown name, and for a named
-    kernel that cannot run here.
+    "auto" takes, on CUDA in half precision, the newest FlashAttention that is installed and knows
+    the GPU, and SDPA over runs of equal segments elsewhere. Raises ValueError for an unknown name,
+    and for a named kernel that cannot run here.
     """
     check_backend_name(name)
     device = torch.device(device)
     if name == "auto":
-        half_on_cuda = device.type == "cuda" and dtype in _HALF
-        name = "varlen" if half_on_cuda and _has_varlen() else "sdpa"
-    if name in ("varlen", "flash_attn"):
-        if device.type != "cuda" or dtype not in _HALF:
-            raise ValueError(
-                f"attention={name!r} runs on CUDA in bf16 or fp16, not on {device.type} in {dtype};"
-                " use 'auto'"
-            )
-        if name == "varlen" and not _has_varlen():
-            raise ValueError(f"attention='varlen' needs torch >= 2.10, not {torch.__version__}")
-        if name == "flash_attn" and importlib.util.find_spec("flash_attn") is None:
-            raise ValueError("attention='flash_attn' needs that package; pip install longtake[gpu]")
+        candidates = [kernel for kernel in _MODULES if not _refusal(kernel, device, dtype)]
+        name = candidates[0] if candidates else "sdpa"
+    elif refusal := _refusal(name, device, dtype):
+        raise ValueError(f"attention={name!r} {refusal}; use 'auto'")
+    if name in ("fa3", "fa4"):
+        from torch.nn.attention import activate_flash_attention_impl
+
+        activate_flash_attention_impl(name.upper())
     _log.info("attention: %s on %s in %s", name, device, dtype)
     return cast(AttentionBackend, name)
 
 
-def _has_varlen() -> bool:
-    return importlib.util.find_spec("torch.nn.attention.varlen") is not None
+def _refusal(name: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Why a kernel cannot run here, or ""."""
+    if name not in _MODULES:
+        return ""
+    if device.type != "cuda" or dtype not in _HALF:
+        return f"runs on CUDA in bf16 or fp16, not on {device.type} in {dtype}"
+    if not _is_installed(_MODULES[name]):
+        return f"needs the module {_MODULES[name]}, which is not installed"
+    known = {"fa3": (9,), "fa4": (9, 10)}.get(name)  # torch/nn/attention/_fa3.py, _fa4.py
+    if known and (major := torch.cuda.get_device_capability(device)[0]) not in known:
+        return f"does not know a GPU of compute capability {major}"
+    return ""
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of the package around it
+        return False
 
 
 def packed_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v within each segment; self- and cross-attention alike.
+    """softmax(q k^T / sqrt(d)) v within each segment; self-, cross- and joint attention alike.
 
     q (Lq, N, d); k, v (Lk, N, d), all of one dtype -> (Lq, N, d). Segments may be empty; queries of
     a segment without keys give zeros.
     """
-    if segments.backend == "sdpa":
-        return _attend_runs(q, k, v, segments.runs)
     if segments.backend == "dense":
         return dense_attention(q, k, v, segments.cu_q, segments.cu_k)
-    if segments.max_k == 0:  # no keys at all: nothing to launch a kernel on
-        return torch.zeros_like(q)
-    cu_q, cu_k = segments.cu_q, segments.cu_k
-    if segments.backend == "varlen":
-        from torch.nn.attention.varlen import varlen_attn
-
-        return cast(Tensor, varlen_attn(q, k, v, cu_q, cu_k, segments.max_q, segments.max_k))
-    from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found, unused-ignore]
-
-    return flash_attn_varlen_func(q, k, v, cu_q, cu_k, segments.max_q, segments.max_k)
+    # Calling an operator of one's own costs a CPU .3 ms, a tenth of a step of the demo's model.
+    if segments.backend == "sdpa" and not (q.is_cpu and torch.compiler.is_compiling()):
+        return _attend_runs(q, k, v, segments.runs)
+    inputs = (q, k, v, segments.cu_q, segments.cu_k, segments.lengths)
+    return _attend(*inputs, segments.backend)[0]
 
 
-def _attend_runs(q: Tensor, k: Tensor, v: Tensor, runs: tuple[Run, ...]) -> Tensor:
-    """One SDPA call a run. The planner sorts a pack's clips by length, so that runs are few.
+@torch.library.custom_op("longtake::attend", mutates_args=())
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, lengths: Tensor, backend: str
+) -> tuple[Tensor, Tensor]:
+    """Output (Lq, N, d), and the log of each query's sum, (N * Lq,) or (N, Lq) float32."""
+    if backend == "sdpa":
+        return _forward_runs(q, k, v, _runs(lengths))
+    max_q, max_k = lengths.amax(dim=1).tolist()
+    if max_q == 0 or max_k == 0:  # nothing to launch a kernel on
+        return torch.zeros_like(q), q.new_zeros(q.shape[1], q.shape[0], dtype=torch.float32)
+    if backend == "flash_attn":
+        from flash_attn.flash_attn_interface import (  # type: ignore[import-not-found, unused-ignore]
+            _flash_attn_varlen_forward,
+        )
+
+        scale = q.shape[-1] ** -0.5
+        out, lse, *_ = _flash_attn_varlen_forward(
+            q, k, v, cu_q, cu_k, max_q, max_k, 0.0, scale, False
+        )
+        return out, lse
+    out, lse, *_ = torch.ops.aten._flash_attention_forward(
+        q, k, v, cu_q, cu_k, max_q, max_k, 0.0, False, False
+    )
+    return out, lse
+
+
+@_attend.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, lengths: Tensor, backend: str
+) -> tuple[Tensor, Tensor]:
+    shape = (q.shape[1] * q.shape[0],) if backend == "sdpa" else (q.shape[1], q.shape[0])
+    return q.new_empty(q.shape), q.new_empty(shape, dtype=torch.float32)
+
+
+@torch.library.custom_op("longtake::attend_backward", mutates_args=())
+def _attend_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    lengths: Tensor,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v."""
+    if backend == "sdpa":
+        return _backward_runs(grad, q, k, v, out, lse, _runs(lengths))
+    max_q, max_k = lengths.amax(dim=1).tolist()
+    if max_q == 0 or max_k == 0:
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    if backend == "flash_attn":
+        from flash_attn.flash_attn_interface import (  # type: ignore[import-not-found, unused-ignore]
+            _flash_attn_varlen_backward,
+        )
+
+        grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        where = (cu_q, cu_k, max_q, max_k)
+        scale = q.shape[-1] ** -0.5
+        _flash_attn_varlen_backward(
+            grad.contiguous(), q, k, v, out, lse, *grads, *where, 0.0, scale, False,
+            -1, -1, 0.0, None, False,
+        )  # fmt: skip
+        return grads
+    # Without dropout nothing is random: the generator's state is of no account.
+    rng_state = torch.zeros(2, dtype=torch.uint64, device=q.device)
+    unused = torch.empty(0, device=q.device)
+    return torch.ops.aten._flash_attention_backward(
+        grad.contiguous(), q, k, v, out, lse, cu_q, cu_k, max_q, max_k, 0.0, False,
+        rng_state, unused,
+    )  # fmt: skip
+
+
+@_attend_backward.register_fake
+def _(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    lengths: Tensor,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, cu_q, cu_k, lengths, ctx.backend = inputs
+    ctx.save_for_backward(q, k, v, *output, cu_q, cu_k, lengths)
+
+
+def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    grads = _attend_backward(grad, *ctx.saved_tensors, ctx.backend)
+    return (*grads, None, None, None, None)
+
+
+_attend.register_autograd(_backward, setup_context=_save)
+
+
+@register_flop_formula(torch.ops.longtake.attend, get_raw=True)
+def _flops(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Any, cu_k: Any, lengths: Tensor, *_: Any, **__: Any
+) -> int:
+    """Of q k^T and of weights v; the keys of other segments are not met."""
+    return 4 * q.shape[1] * q.shape[2] * int(lengths.prod(dim=0).sum())
+
+
+@register_flop_formula(torch.ops.longtake.attend_backward, get_raw=True)
+def _backward_flops(grad: Tensor, q: Tensor, *others: Any, **_: Any) -> int:
+    """Twice the forward's; what is computed again does not count."""
+    lengths = others[6]
+    return 8 * q.shape[1] * q.shape[2] * int(lengths.prod(dim=0).sum())
+
+
+def _pieces(x: Tensor, runs: tuple[Run, ...], of: str) -> list[Tensor]:
+    """x (n, N, d), cut into runs, each (segments, N, length, d); views."""
+    lengths = [getattr(run, of) for run in runs]
+    sizes = [run.num_segments * length for run, length in zip(runs, lengths, strict=True)]
+    return [
+        piece.unflatten(0, (run.num_segments, length)).transpose(1, 2)
+        for piece, run, length in zip(x.split(sizes), runs, lengths, strict=True)
+    ]
+
+
+def _joined(pieces: list[Tensor], like: Tensor) -> Tensor:
+    """The reverse of `_pieces`; a view where there is one."""
+    flat = [piece.transpose(1, 2).flatten(0, 1) for piece in pieces]  # (segments * length, N, d)
+    if len(flat) == 1:
+        return flat[0]
+    return torch.cat(flat) if flat else torch.zeros_like(like)
+
+
+def _forward_runs(q: Tensor, k: Tensor, v: Tensor, runs: tuple[Run, ...]) -> tuple[Tensor, Tensor]:
+    """One call a run. The planner sorts a pack's clips by length, so that runs are few.
 
     Batched, a rectangular pack is 1.4 times as fast on a CPU as a loop over its segments.
     """
-    q_runs = q.split([run.num_segments * run.q_length for run in runs])
-    k_lengths = [run.num_segments * run.k_length for run in runs]
+    outs, sums = [], [q.new_empty(0, dtype=torch.float32)]
+    qkv = (_pieces(q, runs, "q_length"), _pieces(k, runs, "k_length"), _pieces(v, runs, "k_length"))
+    for run, *inputs in zip(runs, *qkv, strict=True):
+        out, logs = torch.zeros_like(inputs[0]), inputs[0].new_zeros(inputs[0].shape[:3])
+        if run.q_length and run.k_length:
+            out, logs = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*inputs)
+        outs.append(out)
+        sums.append(logs.flatten())
+    return _joined(outs, q), torch.cat(sums)
+
+
+def _backward_runs(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, runs: tuple[Run, ...]
+) -> tuple[Tensor, Tensor, Tensor]:
+    names = ("q_length", "q_length", "k_length", "k_length", "q_length")
+    inputs = (_pieces(x, runs, name) for x, name in zip((grad, q, k, v, out), names, strict=True))
+    found: tuple[list[Tensor], ...] = ([], [], [])
+    for run, *tensors, logs in zip(runs, *inputs, _sums(lse, runs, q.shape[1]), strict=True):
+        gradients = [torch.zeros_like(x) for x in tensors[1:4]]
+        if run.q_length and run.k_length:
+            gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                *tensors, logs, 0.0, False
+            )
+        for pieces, gradient in zip(found, gradients, strict=True):
+            pieces.append(gradient)
+    dq, dk, dv = (_joined(pieces, x) for pieces, x in zip(found, (q, k, v), strict=True))
+    return dq, dk, dv
+
+
+def _sums(lse: Tensor, runs: tuple[Run, ...], num_heads: int) -> list[Tensor]:
+    """lse (N * Lq,), cut into runs, each (segments, N, length); views."""
+    sizes = [run.num_segments * run.q_length * num_heads for run in runs]
+    return [
+        piece.view(run.num_segments, num_heads, run.q_length)
+        for piece, run in zip(lse.split(sizes), runs, strict=True)
+    ]
+
+
+def _attend_runs(q: Tensor, k: Tensor, v: Tensor, runs: tuple[Run, ...]) -> Tensor:
+    """The same in operations that know their own backward."""
     outputs = []
-    for run, q_run, k_run, v_run in zip(
-        runs, q_runs, k.split(k_lengths), v.split(k_lengths), strict=True
-    ):
-        if run.q_length == 0:
-            continue
-        if run.k_length == 0:
-            outputs.append(torch.zeros_like(q_run))
-            continue
-        out = F.scaled_dot_product_attention(
-            q_run.unflatten(0, (run.num_segments, run.q_length)).transpose(1, 2),  # (b, N, q, d)
-            k_run.unflatten(0, (run.num_segments, run.k_length)).transpose(1, 2),  # (b, N, k, d)
-            v_run.unflatten(0, (run.num_segments, run.k_length)).transpose(1, 2),  # (b, N, k, d)
-        )
-        outputs.append(out.transpose(1, 2).flatten(0, 1))  # (b * q, N, d)
-    if len(outputs) == 1:
-        return outputs[0]
+    parts = (
+        _pieces(x, runs, name) for x, name in ((q, "q_length"), (k, "k_length"), (v, "k_length"))
+    )
+    for run, q_run, k_run, v_run in zip(runs, *parts, strict=True):
+        if run.k_length:
+            q_run = F.scaled_dot_product_attention(q_run, k_run, v_run)
+        else:
+            q_run = torch.zeros_like(q_run)
+        outputs.append(q_run.transpose(1, 2).flatten(0, 1))  # (b * q, N, d)
     return torch.cat(outputs) if outputs else torch.zeros_like(q)
 
 

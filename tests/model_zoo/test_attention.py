@@ -61,7 +61,7 @@ def test_queries_without_keys_give_zeros():
 def test_a_rectangular_pack_is_one_run():
     segments = Segments.of(cu(4, 4, 4), cu(3, 3, 3), "sdpa")
     assert segments.runs == (Run(3, 4, 3),)
-    assert (segments.max_q, segments.max_k) == (4, 3)
+    assert segments.lengths.tolist() == [[4, 4, 4], [3, 3, 3]]
 
 
 def test_runs_break_where_either_length_changes():
@@ -89,6 +89,9 @@ def test_backends():
     assert choose_backend("dense", "cpu") == "dense"
     assert choose_backend("auto", "cuda", torch.float32) == "sdpa"
     assert choose_backend("auto", "cuda", torch.bfloat16) == "varlen"
+    for name, module in (("fa4", "flash_attn.cute"), ("fa3", "flash_attn_interface")):
+        with pytest.raises(ValueError, match=f"needs the module {module}"):
+            choose_backend(name, "cuda", torch.bfloat16)
     with pytest.raises(ValueError, match="runs on CUDA"):
         choose_backend("varlen", "cpu")
     with pytest.raises(ValueError, match="not on cuda in"):
