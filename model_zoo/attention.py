@@ -260,6 +260,13 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
 _attend.register_autograd(_backward, setup_context=_save)
 
 
+# Those whose outputs are worth keeping in selective checkpointing.
+ATTENTION_OPERATORS = (
+    torch.ops.longtake.attend.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+)
+
+
 @register_flop_formula(torch.ops.longtake.attend, get_raw=True)
 def _flops(
     q: Tensor, k: Tensor, v: Tensor, cu_q: Any, cu_k: Any, lengths: Tensor, *_: Any, **__: Any

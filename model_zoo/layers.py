@@ -12,12 +12,12 @@ from typing import Any, Literal, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from model_zoo.attention import Segments, packed_attention
+from model_zoo.attention import ATTENTION_OPERATORS, Segments, packed_attention
 from model_zoo.rope import rotate
 
-CheckpointMode = Literal["none", "full", "every_k"]
+CheckpointMode = Literal["none", "full", "every_k", "selective"]
 QKNormOver = Literal["head", "width"]
 Gelu = Literal["tanh", "none"]
 
@@ -27,7 +27,8 @@ class CheckpointPolicy:
     """Which blocks are computed again in the backward pass instead of keeping their activations.
 
     "full": all; "every_k": the first of each `every` blocks, for less memory saved and less time
-    lost; "none".
+    lost; "selective": all, but for the attention itself, whose outputs are kept: they are a small
+    part of the memory, and the part that grows with the square of a clip's length; "none".
     """
 
     mode: CheckpointMode = "none"
@@ -40,14 +41,23 @@ class CheckpointPolicy:
 
     def applies(self, block: int) -> bool:
         """Whether the block of this index is computed again."""
-        return self.mode == "full" or (self.mode == "every_k" and block % self.every == 0)
+        if self.mode == "every_k":
+            return block % self.every == 0
+        return self.mode in ("full", "selective")
 
     def run(self, block: nn.Module, index: int, *inputs: Any) -> Any:
         """`block(*inputs)`, by this policy."""
         if self.applies(index) and torch.is_grad_enabled():
             # Nothing in a block is random, so no generator's state need be kept.
-            return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+            options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+            if self.mode == "selective":
+                options["context_fn"] = _keeping_attention
+            return checkpoint(block, *inputs, **options)
         return block(*inputs)
+
+
+def _keeping_attention() -> Any:
+    return create_selective_checkpoint_contexts(list(ATTENTION_OPERATORS))
 
 
 class Linear(nn.Linear):

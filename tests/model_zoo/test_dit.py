@@ -4,8 +4,10 @@ from itertools import pairwise
 import pytest
 import torch
 import yaml
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from framework.batch import PackedBatch
+from model_zoo.attention import ATTENTION_OPERATORS
 from model_zoo.dit import DiT, DiTConfig
 from model_zoo.layers import CheckpointPolicy
 from model_zoo.text.byte import ByteText
@@ -62,7 +64,7 @@ def text_dim(request):
     return request.param
 
 
-@pytest.mark.parametrize("mode", ["none", "full", "every_k"])
+@pytest.mark.parametrize("mode", ["none", "full", "every_k", "selective"])
 def test_a_pack_equals_its_clips_one_at_a_time(make_pack, text_dim, mode):
     model = build(text_dim)
     pack = make_pack(GRIDS, TEXT, P, text_dim=text_dim, padding=(3, 5))
@@ -247,7 +249,30 @@ def test_text_is_ids_or_embeddings(vocab, dim):
         DiTConfig(width=24, ffn=40, num_heads=2, depth=1).build(P, vocab, dim)
 
 
+@pytest.mark.parametrize(("mode", "times"), [("none", 1), ("selective", 1), ("full", 2)])
+def test_selective_checkpointing_attends_once(make_pack, mode, times):
+    """Attention on a pack is computed again in the backward pass under "full" alone."""
+    model = build()
+    pack = make_pack(GRIDS, TEXT, P)
+    model.set_checkpointing(CheckpointPolicy(mode))
+    attended = 0
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal attended
+            attended += func in ATTENTION_OPERATORS
+            return func(*args, **kwargs or {})
+
+    with Count():
+        out = run(model, pack)
+        forward = attended
+        out.sum().backward()
+    text = model.config.text_depth * len(set(TEXT))  # the stem is not checkpointed
+    assert attended - forward == (times - 1) * (forward - text)
+
+
 def test_checkpoint_policies():
+    assert all(CheckpointPolicy("selective").applies(i) for i in range(3))
     applied = [CheckpointPolicy("every_k", 3).applies(i) for i in range(7)]
     assert applied == [True, False, False, True, False, False, True]
     with pytest.raises(ValueError, match="mode='all'"):
