@@ -28,7 +28,7 @@ from framework.cluster import ClusterConfig
 from framework.data.config import DataConfig
 from framework.evaluate.config import EvaluateConfig
 from framework.sample.config import SampleConfig
-from framework.train.config import RunSection, TrainConfig
+from framework.train.config import HardwareConfig, RunSection, TrainConfig
 
 ALLOWED_PREFIXES = ("framework.", "model_zoo.")
 
@@ -51,6 +51,8 @@ class RunConfig:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
+    estimate: bool = False  # `framework.train` says what the run would take, and does not train
 
 
 def conf_dir() -> Path:

@@ -112,6 +112,12 @@ class ViewConfig:
         height, width = min(self.sizes, key=lambda s: (geometry.num_tokens(1, *s), s))
         return View(0, 1, self.lengths[0], height, width)
 
+    def longest_view(self, geometry: Geometry, max_tokens: int) -> View:
+        """The allowed view with the most tokens, up to `max_tokens`, which hold the smallest."""
+        views = (View(0, 1, t, height, width) for t in self.lengths for height, width in self.sizes)
+        sizes = [(geometry.num_tokens(v.num_frames, v.height, v.width), v) for v in views]
+        return max((one for one in sizes if one[0] <= max_tokens), key=lambda one: one[0])[1]
+
     def check(self, geometry: Geometry) -> None:
         """ValueError where codec and patch cannot carry these lengths and sizes."""
         cell = (

@@ -5,6 +5,7 @@ from framework.config import RunConfig, entry
 from framework.logs import RunLog
 from framework.mapping import flatten, to_mapping
 from framework.terminal import Terminal
+from framework.train.estimate import estimate
 from framework.train.identity import claim
 from framework.train.job import Job, train
 from framework.train.run_tracker import open_tracker
@@ -25,9 +26,12 @@ def job_of(config: RunConfig) -> Job:
 
 
 def main(config: RunConfig) -> None:
-    """Train and say where the result lies."""
+    """Train and say where the result lies; or, with `estimate=true`, what it would take."""
     terminal, job = Terminal(), job_of(config)
     job.check()
+    if config.estimate:
+        print(estimate(job, config.hardware))
+        return
     job.assembly.check_data()  # a mistake must not leave a claimed name behind
     run = claim(job.run, job.identity)
     log = RunLog(run, "driver")

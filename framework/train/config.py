@@ -23,6 +23,24 @@ class RunSection:
 
 
 @dataclass(frozen=True)
+class HardwareConfig:
+    """One GPU, for `estimate=true`; the defaults are an H100's of 80 GB in bf16."""
+
+    memory_gib: float = 79.0
+    peak_tflops: float = 989.0  # dense
+    mfu: float = 0.4  # share of the peak that training reaches
+    dollars_per_hour: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.memory_gib <= 0 or self.peak_tflops <= 0:
+            raise ValueError(
+                f"memory_gib={self.memory_gib} and peak_tflops={self.peak_tflops} must be positive"
+            )
+        if not 0 < self.mfu <= 1:
+            raise ValueError(f"mfu={self.mfu} must lie between 0 and 1; try 0.4")
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """The length of a run and the rhythm of what it writes, in optimizer steps."""
 

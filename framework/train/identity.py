@@ -18,7 +18,8 @@ from framework.train.config import RunSection
 # What may change between two starts of one run: where it computes and who watches, not what it is.
 FREE_KEYS = (
     "cluster.", "tracking.", "evaluate.", "sample.", "sampler.", "run.fresh", "run.root",
-    "train.log_every", "train.keep_checkpoints", "data.stream.", "data.exclude",
+    "train.log_every", "train.keep_checkpoints", "data.stream.", "data.exclude", "data.encode.",
+    "hardware.", "estimate",
 )  # fmt: skip
 
 

@@ -1,0 +1,177 @@
+"""What a run would take: parameters, FLOPs, memory, time and money, without a GPU.
+
+`python -m framework.train estimate=true experiment=…`. The mixture of clips is that of the
+manifest's first part; where there is no manifest, all clips are as long as the recipe allows.
+"""
+
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from framework.assembly import Assembly
+from framework.data.manifest import read_manifest
+from framework.data.recipe import Recipe
+from framework.data.views import choose_views
+from framework.train.config import HardwareConfig
+from framework.train.engine import DTYPES
+from framework.train.job import Job
+from model_zoo.dit import DiTConfig
+from model_zoo.flops import Grid, training_flops_per_token
+from model_zoo.layers import CheckpointPolicy
+from model_zoo.memory import Memory, training_memory
+
+MIXTURE_CLIPS = 10_000
+# The CUDA context, communication buckets, workspaces, and what the allocator cannot use.
+RESERVED_GIB = 6.0
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """`print` it."""
+
+    num_parameters: int
+    tokens_per_step: int
+    flops_per_step: float
+    mixture: str  # what is assumed of the clips
+    num_gpus: int
+    steps: int
+    step_s: float
+    memory: Memory | None  # None where the model's activations are not known
+    hardware: HardwareConfig
+    cures: tuple[str, ...]  # what would make it fit, where it does not
+
+    @property
+    def gpu_days(self) -> float:
+        """Of the whole run."""
+        return self.num_gpus * self.steps * self.step_s / 86_400
+
+    @property
+    def fits(self) -> bool:
+        """Whether a GPU holds what is known."""
+        return self.memory is not None and fits(self.memory, self.hardware)
+
+    def __str__(self) -> str:
+        hardware = self.hardware
+        lines = [
+            f"parameters     {self.num_parameters:,}",
+            f"step           {self.tokens_per_step:,} tokens, {self.flops_per_step:.3g} FLOPs; "
+            f"{self.mixture}",
+            f"time           {self.step_s:.3g} s a step, on {self.num_gpus} GPUs of "
+            f"{hardware.peak_tflops:g} TFLOP/s at {hardware.mfu:.0%}",
+            f"run            {self.steps:,} steps: {self.gpu_days:,.2f} GPU-days, "
+            f"{_duration(self.steps * self.step_s)}",
+        ]
+        if hardware.dollars_per_hour is not None:
+            dollars = self.gpu_days * 24 * hardware.dollars_per_hour
+            lines.append(f"cost           ${dollars:,.0f}")
+        if self.memory is None:
+            return "\n".join([*lines, "memory         not known of this model"])
+        parts = {name: value / GIB for name, value in vars(self.memory).items()}
+        shown = ", ".join(f"{name} {value:.1f}" for name, value in parts.items() if value >= 0.05)
+        lines += [
+            f"memory         {self.memory.total / GIB:.1f} GiB a GPU, and about {RESERVED_GIB:g} "
+            f"beside it: {shown}",
+            f"               {'fits' if self.fits else 'DOES NOT FIT'} {hardware.memory_gib:g} GiB",
+            *(f"               would fit: {cure}" for cure in self.cures),
+        ]
+        return "\n".join(lines)
+
+
+def estimate(job: Job, hardware: HardwareConfig) -> Estimate:
+    """What this job would take on `cluster.num_workers` GPUs."""
+    assembly, num_gpus = job.assembly, job.cluster.num_workers
+    recipe = assembly.recipe()
+    grids, mixture = _grids(assembly, recipe)
+    tokens = recipe.global_batch_packs * recipe.max_tokens
+    flops = training_flops_per_token(assembly.work(), grids) * tokens
+    memory = _memory(job, recipe.max_tokens, num_gpus, job.train.activation_checkpointing)
+    return Estimate(
+        num_parameters=assembly.num_parameters(),
+        tokens_per_step=tokens,
+        flops_per_step=flops,
+        mixture=mixture,
+        num_gpus=num_gpus,
+        steps=job.train.steps,
+        step_s=flops / (num_gpus * hardware.peak_tflops * 1e12 * hardware.mfu),
+        memory=memory,
+        hardware=hardware,
+        cures=tuple(_cures(job, recipe, hardware)) if memory else (),
+    )
+
+
+def fits(memory: Memory, hardware: HardwareConfig) -> bool:
+    """Whether a GPU holds it, with what is not counted."""
+    return memory.total / GIB + RESERVED_GIB <= hardware.memory_gib
+
+
+def _grids(assembly: Assembly, recipe: Recipe) -> tuple[list[Grid], str]:
+    """Token grids of a mixture of clips, and what they are."""
+    url = assembly.data.manifest
+    try:
+        clips = read_manifest(url).part(0).slice(0, MIXTURE_CLIPS)
+    except ValueError:
+        view = recipe.views.longest_view(recipe.geometry, recipe.max_tokens)
+        grid = recipe.geometry.token_grid(view.num_frames, view.height, view.width)
+        return [grid], f"every clip of {prod(grid):,} tokens, since {url} is no manifest yet"
+    names = ("clip_id", "num_frames", "fps", "height", "width")
+    columns: dict[str, np.ndarray] = {name: clips[name].to_numpy() for name in names}
+    views = choose_views(columns, recipe.views, recipe.geometry, recipe.max_tokens, 0, 0)
+    used = views.refused == ""
+    shapes = zip(views.num_frames[used], views.height[used], views.width[used], strict=True)
+    grids = [recipe.geometry.token_grid(int(t), int(h), int(w)) for t, h, w in shapes]
+    if not grids:
+        raise ValueError(f"none of {clips.num_rows} clips of {url} can be used by the recipe")
+    mean = sum(map(prod, grids)) / len(grids)
+    return grids, f"clips of {mean:,.0f} tokens on the average, as in {url}"
+
+
+def _memory(job: Job, tokens: int, num_gpus: int, policy: CheckpointPolicy) -> Memory | None:
+    model: Any = job.assembly.model
+    if not isinstance(model, DiTConfig):
+        return None
+    engine: Any = job.engine
+    stage = 3 if hasattr(engine, "bucket_numel") else 0
+    return training_memory(
+        model,
+        job.assembly.num_parameters(),
+        stage,
+        num_gpus,
+        DTYPES[engine.dtype].itemsize,
+        tokens,
+        policy,
+    )
+
+
+def _cures(job: Job, recipe: Recipe, hardware: HardwareConfig) -> list[str]:
+    """The smallest changes of some kinds that make it fit, at most three."""
+    policy, ranks = job.train.activation_checkpointing, job.cluster.num_workers
+
+    def fitting(tokens: int, num_gpus: int, chosen: CheckpointPolicy) -> bool:
+        memory = _memory(job, tokens, num_gpus, chosen)
+        return memory is not None and fits(memory, hardware)
+
+    if fitting(recipe.max_tokens, ranks, policy):
+        return []
+    mode = "train.activation_checkpointing.mode"
+    full = replace(policy, mode="full")
+    halves = [recipe.max_tokens // 2**i for i in range(1, 11)]
+    doubles = [ranks * 2**i for i in range(1, 11)]
+    changes: list[tuple[str, list[tuple[int, int, CheckpointPolicy]]]] = [
+        (f"{mode}=selective", [(recipe.max_tokens, ranks, replace(policy, mode="selective"))]),
+        (f"{mode}=full", [(recipe.max_tokens, ranks, full)]),
+        ("cluster.num_workers={1}", [(recipe.max_tokens, n, policy) for n in doubles]),
+        (f"{mode}=full cluster.num_workers={{1}}", [(recipe.max_tokens, n, full) for n in doubles]),
+        (f"{mode}=full data.max_tokens={{0}}", [(n, ranks, full) for n in halves if n]),
+    ]
+    found = []
+    for words, options in changes:
+        if option := next((one for one in options if fitting(*one)), None):
+            found.append(words.format(*option))
+    return found[:3] or ["nothing that was tried; a smaller model, or GPUs with more memory"]
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 86_400:.1f} days" if seconds >= 86_400 else f"{seconds / 3600:.2f} h"

@@ -1,0 +1,104 @@
+"""Bytes that training takes on one GPU, in closed form: states by ZeRO stage, and activations.
+
+Rajbhandari et al. 2020 ("ZeRO"), sec. 3 and 5, for the states; activations are what autograd keeps
+of our blocks, counted tensor by tensor (tests/model_zoo/test_memory.py). Not counted: the
+allocator's fragments, communication buckets, the CUDA context and kernels' workspaces, some 3 to 6
+GiB together.
+"""
+
+from dataclasses import dataclass, fields
+
+from model_zoo.dit import DiTConfig
+from model_zoo.layers import CheckpointPolicy
+
+MASTER, MOMENTS, EMA = 4, 8, 4  # bytes of a parameter: float32, Adam's two, the average
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one rank."""
+
+    weights: int
+    gradients: int
+    optimizer: int  # master weights where they are not the weights, and Adam's moments
+    ema: int
+    gathered: int  # weights of the blocks at work, whole
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+def training_memory(
+    config: DiTConfig,
+    num_parameters: int,
+    stage: int,
+    num_ranks: int,
+    value_bytes: int,
+    tokens: int,
+    policy: CheckpointPolicy,
+) -> Memory:
+    """Of a model in weights of `value_bytes` (2 for bf16, 4 for fp32) on packs of `tokens`.
+
+    stage: what ZeRO cuts over the ranks: 0 nothing, 1 the optimizer, 2 also gradients, 3 all.
+    """
+
+    def held(bytes_each: int, from_stage: int) -> int:
+        return num_parameters * bytes_each // (num_ranks if stage >= from_stage else 1)
+
+    block = num_parameters // config.depth * value_bytes
+    master = MASTER if value_bytes < MASTER else 0
+    return Memory(
+        weights=held(value_bytes, 3),
+        gradients=held(value_bytes, 2),
+        optimizer=held(master + MOMENTS, 1),
+        ema=held(EMA, 1),
+        gathered=2 * block if stage == 3 else 0,  # one at work, one on its way
+        activations=activation_bytes(config, value_bytes, tokens, policy),
+    )
+
+
+def activation_bytes(
+    config: DiTConfig, value_bytes: int, tokens: int, policy: CheckpointPolicy
+) -> int:
+    """What is kept of a forward pass of `tokens` video tokens, and of the blocks done again.
+
+    Text and what acts once a clip are left out.
+    """
+    width, heads = config.width, config.num_heads
+    block = _block_bytes(config, value_bytes)
+    kept = {
+        "none": block,
+        "full": width * value_bytes,
+        "selective": 3 * width * value_bytes + 8 * heads,  # and what both attentions give
+    }
+    total = 0
+    for i in range(config.depth):
+        mode = policy.mode
+        if mode == "every_k":
+            mode = "full" if policy.applies(i) else "none"
+        total += kept[mode]
+    if policy.mode != "none":
+        total += block  # of the one that is computed again
+    # Its rotation, complex64; and the head's norm in float32, shift, scale and input.
+    once = 4 * config.head_dim + 3 * 4 * width + value_bytes * width
+    return tokens * (total + once)
+
+
+def _block_bytes(config: DiTConfig, value_bytes: int) -> int:
+    """Kept of one block for one token: norms, gates and modulation in float32, the rest as weights.
+
+    In float32, two of them are one and the same tensor.
+    """
+    d, f = config.width, config.ffn
+    if value_bytes == 4:
+        return 4 * (28 * d + 2 * f) + _small(config)
+    return 4 * 16 * d + value_bytes * (14 * d + 2 * f) + _small(config)
+
+
+def _small(config: DiTConfig) -> int:
+    """Means, deviations and logarithms of sums, float32."""
+    per_head = 3 if config.qk_norm == "head" else 0
+    return 4 * (6 + (per_head + 2) * config.num_heads)

@@ -1,0 +1,71 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from model_zoo.dit import DiTConfig
+from model_zoo.layers import CheckpointPolicy
+from model_zoo.memory import activation_bytes, training_memory
+
+CONFIG = DiTConfig(width=96, ffn=320, num_heads=4, depth=4)
+GRID, TOKENS = (8, 8, 16), 1024
+
+
+def kept_bytes(make_pack, config: DiTConfig, dtype: torch.dtype, policy: CheckpointPolicy) -> int:
+    """What autograd holds after a forward pass, each storage once, weights left out."""
+    model = config.build(6, None, 10).to(dtype)
+    model.set_checkpointing(policy)
+    pack = make_pack([GRID], [1], 6, text_dim=10)
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def keep(x: Tensor) -> Tensor:
+        if x.untyped_storage().data_ptr() not in weights:
+            kept[x.untyped_storage().data_ptr()] = x
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        model(pack.tokens, torch.rand(pack.num_segments), pack, pack.text)
+    return sum(x.untyped_storage().nbytes() for x in kept.values())
+
+
+@pytest.mark.parametrize(("dtype", "value_bytes"), [(torch.float32, 4), (torch.bfloat16, 2)])
+@pytest.mark.parametrize("qk_norm", ["head", "width"])
+def test_activations_are_those_that_autograd_keeps(make_pack, dtype, value_bytes, qk_norm) -> None:
+    config = replace(CONFIG, qk_norm=qk_norm)
+    none = CheckpointPolicy("none")
+    measured = kept_bytes(make_pack, config, dtype, none)
+    formula = activation_bytes(config, value_bytes, TOKENS, none)
+    assert formula == pytest.approx(measured, rel=0.03)  # text, time, embedding and tokens
+    deeper = replace(config, depth=8)
+    blocks = kept_bytes(make_pack, deeper, dtype, none) - measured
+    formula = activation_bytes(deeper, value_bytes, TOKENS, none) - formula
+    assert formula == pytest.approx(blocks, rel=0.01)
+
+
+def test_policies_in_their_order() -> None:
+    sizes = [
+        activation_bytes(replace(CONFIG, depth=24), 2, TOKENS, CheckpointPolicy(mode, every))
+        for mode, every in [("full", 1), ("selective", 1), ("every_k", 2), ("none", 1)]
+    ]
+    assert sizes == sorted(sizes)
+    assert sizes[0] < sizes[-1] / 6
+
+
+def test_states_by_stage_are_those_of_the_paper() -> None:
+    """ZeRO, table 1: 7.5 G parameters on 64 ranks in half precision; the average is ours."""
+    stages = [
+        training_memory(CONFIG, 7_500_000_000, stage, 64, 2, 0, CheckpointPolicy())
+        for stage in range(4)
+    ]
+    paper = [(m.weights + m.gradients + m.optimizer) / 1e9 for m in stages]
+    assert paper == pytest.approx([120, 31.4, 16.6, 1.9], abs=0.05)
+    assert [round(m.ema / 1e9, 2) for m in stages] == [30.0, 0.47, 0.47, 0.47]
+    assert stages[3].gathered == 2 * 2 * 7_500_000_000 // CONFIG.depth
+    assert (
+        stages[3].total
+        == sum((stages[3].weights, stages[3].gradients, stages[3].optimizer, stages[3].ema))
+        + stages[3].gathered
+        + stages[3].activations
+    )
