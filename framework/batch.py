@@ -47,6 +47,7 @@ class PackedBatch:
     source: Tensor  # (B,) int32
     fps: Tensor  # (B,) float32: frames a second that the model sees
     given_mask: Tensor  # (L,) bool
+    index: Tensor | None = None  # (L,) int32: see `token_index`; None where no token is dropped
     epoch: int = 0
     step: int = 0  # step within the epoch
     pack: int = 0  # position of the pack in its step
@@ -67,6 +68,14 @@ class PackedBatch:
             lengths,
             output_size=self.tokens.shape[0],
         )
+
+    @property
+    def token_index(self) -> Tensor:
+        """(L,) int64: which token of its clip's grid, row-major in (time, height, width)."""
+        if self.index is not None:
+            return self.index.long()
+        index = torch.arange(self.tokens.shape[0], device=self.cu_seqlens.device)
+        return index - self.cu_seqlens.long()[self.segment_ids]
 
     @property
     def loss_mask(self) -> Tensor:

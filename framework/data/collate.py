@@ -11,6 +11,7 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import astuple, dataclass
+from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +21,7 @@ from framework.batch import PackedBatch, ReadStats
 from framework.data.fetch import fetch
 from framework.data.latents import load_clip
 from framework.data.plan import ClipPlan, PackPlan, Recipe
-from framework.data.views import View
+from framework.data.views import View, kept_tokens
 from framework.storage import Store
 from framework.video import VideoError, decode
 
@@ -30,7 +31,7 @@ Arrays = dict[str, Any]
 class ClipRead(NamedTuple):
     """What came of one clip."""
 
-    tokens: np.ndarray  # (n, P) float32; zeros where there is a cause
+    tokens: np.ndarray  # (n, P) float32, all of its grid; zeros where there is a cause
     text: np.ndarray  # (k,) ids, or (k, D) embeddings
     cause: str  # why it could not be read, or ""
     stats: ReadStats
@@ -87,7 +88,7 @@ class ClipReader(ABC):
         wanted = [clip for clip in clips if self.seen_id(clip) >= 0]
         payloads = fetch(self.shards, wanted)
         for clip in clips:
-            tokens = zeros = np.zeros((clip.tokens, self.token_size), np.float32)
+            tokens = zeros = np.zeros((prod(clip.grid), self.token_size), np.float32)
             if self.seen_id(clip) < 0:
                 yield ClipRead(zeros, self.empty_text(clip), "", ReadStats())
                 continue
@@ -180,7 +181,7 @@ def assemble(
     """
     num_segments = recipe.max_clips + 1
     count = len(pack.clips)
-    tokens_by_clip, texts, failed = [], [], []
+    tokens_by_clip, texts, failed, index = [], [], [], []
     lengths, text_lengths = np.zeros(num_segments, np.int64), np.zeros(num_segments, np.int64)
     weights, ids = np.zeros(num_segments, np.float32), np.full(num_segments, -1, np.int64)
     start = 0
@@ -188,7 +189,10 @@ def assemble(
     for i, (clip, (clip_tokens, text_tokens, cause, clip_stats)) in enumerate(
         zip(pack.clips, reader.read(pack.clips), strict=True)
     ):
-        tokens_by_clip.append(clip_tokens)
+        index.append(
+            kept_tokens(recipe.seed, clip.epoch, clip.clip_id, len(clip_tokens), clip.tokens)
+        )
+        tokens_by_clip.append(clip_tokens[index[-1]])
         stats += clip_stats
         start += clip.tokens
         texts.append(text_tokens)
@@ -204,6 +208,7 @@ def assemble(
         lengths[-1] = recipe.max_tokens - start
         text_lengths[-1] = recipe.max_text_tokens - len(joined)
     tokens = _resized(np.concatenate(tokens_by_clip), int(lengths.sum()))
+    index.append(np.arange(lengths[-1]))  # of the padding segment
     text = _resized(joined, int(text_lengths.sum()))
 
     def by_clip(name: str, dtype: type, fill: float) -> np.ndarray:
@@ -226,6 +231,7 @@ def assemble(
         "source": by_clip("source_id", np.int32, -1),
         "fps": by_clip("fps", np.float32, 0.0),
         "given_mask": np.zeros(len(tokens), bool),
+        "index": np.concatenate(index).astype(np.int32),
         "failed": json.dumps(failed),
         "read": json.dumps(astuple(stats)),
     }

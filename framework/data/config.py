@@ -92,6 +92,8 @@ class DataConfig:
     drop_caption: float = 0.1
     sources: dict[str, float] = field(default_factory=dict)  # source -> share; empty: all, once
     where: str = ""  # such as "motion > 0.2 and aesthetic > 4.5"
+    # Masked training: (from this epoch on, share of each clip's tokens that is kept), …
+    keep: tuple[tuple[int, float], ...] = ((0, 1.0),)
     cost: CostModel | None = None
     # A file (URL) of clips to take out of a run that is under way, see
     # framework.data.manifest.read_clip_ids: the plan stays, they leave holes of weight zero.
@@ -121,5 +123,6 @@ class DataConfig:
             sources=self.sources,
             where=self.where,
             encoded=bool(self.latents),
+            keep=self.keep,
             seed=seed,
         )

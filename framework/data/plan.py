@@ -42,7 +42,7 @@ from framework.data.plan_store import (
 )
 from framework.data.plan_writer import UNPLACED, PlanWriter, deal_steps, to_parquet
 from framework.data.recipe import Recipe, plan_digest, plan_identity
-from framework.data.views import choose_views, clip_hashes, stored_views
+from framework.data.views import choose_views, clip_hashes, num_kept, stored_views
 from framework.data.where import parse_where
 from framework.seeding import hash64, hash64_array
 from framework.storage import Store
@@ -120,7 +120,14 @@ def make_epoch(
 
     null_text_tokens = num_text_tokens("")
     filler = dummy_row(recipe, null_text_tokens)
-    clips = _Clips(manifest, recipe, num_text_tokens, split, target.child(folder))
+    clips = _Clips(
+        manifest,
+        recipe,
+        num_text_tokens,
+        split,
+        target.child(folder),
+        recipe.keep_rate(epoch),
+    )
     if recipe.sources:
         before = read_epoch_facts(target, epoch - 1)["cursors"] if epoch else None
         cursors = cursors_from(before, recipe.sources)
@@ -184,6 +191,7 @@ class _Clips:
         num_text_tokens: Callable[[str], int],
         split: str,
         folder: Store,
+        keep: float,
     ) -> None:
         check_choice(manifest, recipe)
         self.manifest = manifest
@@ -191,6 +199,7 @@ class _Clips:
         self.num_text_tokens = num_text_tokens
         self.split = split
         self.folder = folder
+        self.keep = keep
         self.refused: Counter[str] = Counter()
         self.filtered = 0  # clips that `where` left out
         self._offered = self._used = 0
@@ -211,7 +220,7 @@ class _Clips:
         key = hash64(self.recipe.seed, "order", epoch)
         clips = clips.take(np.argsort(hash64_array(key, ids), kind="stable"))
         rows, refused = _views(
-            clips, self.recipe, epoch, self.manifest.sources, self.num_text_tokens
+            clips, self.recipe, epoch, self.keep, self.manifest.sources, self.num_text_tokens
         )
         self.filtered += left_out
         self._offered += clips.num_rows
@@ -273,10 +282,14 @@ def _views(
     clips: pa.Table,
     recipe: Recipe,
     epoch: int,
+    keep: float,
     sources: Sequence[str],
     num_text_tokens: Callable[[str], int],
 ) -> tuple[pa.Table, pa.Table]:
-    """Of clips in order, those that can be used, UNPLACED, and those refused."""
+    """Of clips in order, those that can be used, UNPLACED, and those refused.
+
+    keep: the share of their tokens that the plan's epoch keeps.
+    """
     # 64-bit offsets: the captions of tens of millions of clips exceed 2 GiB.
     captions = clips["captions"].cast(pa.large_list(pa.large_string()))
     clips = clips.select([*_FROM_MANIFEST, "first_frame", *_SEEN])
@@ -284,12 +297,11 @@ def _views(
     assert len(np.unique(ids)) == len(ids), "clip_id repeats in the manifest"
 
     columns = {name: clips[name].to_numpy() for name in ("clip_id", *_SEEN)}
+    most = int(recipe.max_tokens / keep)
     if recipe.encoded:
-        views = stored_views(columns, recipe.geometry, recipe.max_tokens)
+        views = stored_views(columns, recipe.geometry, most)
     else:
-        views = choose_views(
-            columns, recipe.views, recipe.geometry, recipe.max_tokens, recipe.seed, epoch
-        )
+        views = choose_views(columns, recipe.views, recipe.geometry, most, recipe.seed, epoch)
     chosen = _choose_captions(captions.combine_chunks(), ids, recipe, epoch)
     texts = chosen.dictionary_encode()  # a caption that many clips share is counted once
     lengths = np.array([num_text_tokens(text) for text in texts.dictionary.to_pylist()], np.int64)
@@ -312,7 +324,7 @@ def _views(
         "flip": views.flip,
         "fps": views.fps,
         "caption": chosen,
-        "tokens": views.tokens,
+        "tokens": num_kept(views.tokens, keep),
         "text_tokens": text_tokens,
         "source_id": pc.index_in(clips["source"], pa.array(sources, pa.string())),
         "weight": np.ones(len(ids), np.float32),

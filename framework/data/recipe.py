@@ -43,6 +43,9 @@ class Recipe:
     sources: dict[str, float] = field(default_factory=dict)
     where: str = ""  # a filter, see framework.data.where; empty: all clips
     encoded: bool = False  # the clips are latents of views that were chosen before
+    # Masked training, in phases: (from this epoch on, share of each clip's tokens that is kept).
+    # NaViT (Dehghani et al. 2023), sec. 2.2; MaskDiT (Zheng et al. 2023) without its decoder.
+    keep: tuple[tuple[int, float], ...] = ((0, 1.0),)
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -62,6 +65,12 @@ class Recipe:
         for source, weight in self.sources.items():
             if not 0 < weight < math.inf:
                 raise ValueError(f"sources.{source}={weight} must be above 0; leave out for none")
+        starts = [start for start, _ in self.keep]
+        if not starts or starts[0] != 0 or starts != sorted(set(starts)):
+            raise ValueError(f"keep={self.keep} must begin at epoch 0, and its epochs must rise")
+        for start, rate in self.keep:
+            if not 0 < rate <= 1:
+                raise ValueError(f"keep has {rate} from epoch {start}: it must lie in (0, 1]")
         if not 0.0 <= self.drop_caption <= 1.0:
             raise ValueError(f"drop_caption={self.drop_caption} must lie in [0, 1]; try 0.1")
         self.views.check(self.geometry)
@@ -80,6 +89,10 @@ class Recipe:
         tokens = self.geometry.num_tokens(view.num_frames, view.height, view.width)
         return int(self.cost.clip_costs(np.array(tokens)))
 
+    def keep_rate(self, epoch: int) -> float:
+        """The share of each clip's tokens that an epoch of the plan keeps."""
+        return [rate for start, rate in self.keep if start <= epoch][-1]
+
     @property
     def limits(self) -> PackLimits:
         """What one pack may hold."""
@@ -91,12 +104,14 @@ class Recipe:
         views = dict(mapping["views"])
         views["frames"] = tuple(views["frames"])
         views["sizes"] = tuple((height, width) for height, width in views["sizes"])
+        keep = tuple((start, rate) for start, rate in mapping["keep"])
         geometry = dict(mapping["geometry"])
         geometry["patch"] = tuple(geometry["patch"])
         parts = {
             "views": ViewConfig(**views),
             "geometry": Geometry(**geometry),
             "cost": CostModel(**mapping["cost"]),
+            "keep": keep,
         }
         return cls(**{**mapping, **parts})
 

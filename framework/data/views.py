@@ -160,6 +160,20 @@ def clip_hashes(seed: int, epoch: int, clip_ids: np.ndarray, purpose: str) -> np
     return hash64_array(hash64(seed, purpose, epoch), clip_ids)
 
 
+def num_kept(tokens: np.ndarray, rate: float) -> np.ndarray:
+    """How many of each clip's tokens (n,) are kept at a rate, rounded up: at least one."""
+    return np.ceil(tokens * rate - 1e-9).astype(np.int64)
+
+
+def kept_tokens(seed: int, epoch: int, clip_id: int, tokens: int, kept: int) -> np.ndarray:
+    """(kept,) int64, rising: which of a clip's tokens an epoch keeps."""
+    order = np.arange(tokens)
+    if kept < tokens:
+        drawn = hash64_array(hash64(seed, "keep", epoch, clip_id), order)
+        order = np.sort(np.argsort(drawn, kind="stable")[:kept])
+    return order
+
+
 def choose_views(
     clips: Mapping[str, np.ndarray],
     config: ViewConfig,

@@ -214,7 +214,10 @@ def _subjects(
 
 def _heldout_plan(assembly: Assembly, store: Store) -> Plan:
     manifest = read_manifest(assembly.data.manifest)
-    recipe, text = replace(assembly.recipe(), drop_caption=0.0), assembly.build_text()
+    recipe, text = (
+        replace(assembly.recipe(), drop_caption=0.0, keep=((0, 1.0),)),
+        assembly.build_text(),
+    )
     return make_epoch(manifest, recipe, store, 0, text.num_tokens, text.fingerprint, "heldout")
 
 

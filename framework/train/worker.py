@@ -208,7 +208,13 @@ def _train(rank: _Rank, engine: Engine, stream: Iterator[tuple[int, list[PackedB
 
 def _flops(args: WorkerArgs, inputs: StepInput) -> float:
     """Model FLOPs of a step over all ranks, taking this rank's clips for the mixture of all."""
-    grids = [grid for batch, _ in inputs.packs for grid in batch.grid[batch.clip_ids >= 0].tolist()]
+    grids = []
+    for batch, _ in inputs.packs:
+        lengths = batch.cu_seqlens.diff().tolist()
+        for b in (batch.clip_ids >= 0).nonzero().flatten().tolist():
+            f, h, w = batch.grid[b].tolist()
+            is_whole = f * h * w == lengths[b]  # no token of it is dropped
+            grids.append((f, h, w) if is_whole else (lengths[b], 1, 1))
     return training_flops_per_token(args.assembly.work(), grids) * inputs.tokens
 
 
