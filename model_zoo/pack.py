@@ -1,7 +1,10 @@
 """How the clips lie in a pack, as the models want it.
 
-Shapes: B segments, L video tokens, K text tokens.
+Shapes: B segments, L video tokens, K text tokens; L+K tokens in the joint sequence of models that
+attend to both at once.
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -25,6 +28,51 @@ def pack_segments(layout: Layout, backend: AttentionBackend) -> tuple[Segments, 
         Segments.of(layout.cu_seqlens, layout.cu_text, backend, (video, text)),
         Segments.of(layout.cu_text, layout.cu_text, backend, (text, text)),
     )
+
+
+@dataclass(frozen=True)
+class JointSequence:
+    """Video and text of a pack as one sequence: each segment's video tokens, then its text tokens.
+
+    Made once a forward pass; both ways are one gather.
+    """
+
+    segments: Segments  # of the joint sequence to itself
+    order: Tensor  # (L+K,) int64: which of [video, text] stands at each place
+    places: Tensor  # (L+K,) int64: the inverse, where each of [video, text] stands
+    num_video: int  # L
+
+    def join(self, video: Tensor, text: Tensor) -> Tensor:
+        """video (L, …), text (K, …) -> (L+K, …)."""
+        return torch.cat([video, text]).index_select(0, self.order)
+
+    def split(self, joint: Tensor) -> tuple[Tensor, Tensor]:
+        """The inverse of `join`: (L+K, …) -> (L, …), (K, …)."""
+        both = joint.index_select(0, self.places)
+        return both[: self.num_video], both[self.num_video :]
+
+
+def join_pack(
+    layout: Layout, segment_ids: Tensor, text_ids: Tensor, backend: AttentionBackend
+) -> tuple[JointSequence, Segments]:
+    """The joint sequence, and the segments of text to text; boundaries are read to the host once.
+
+    segment_ids (L,) and text_ids (K,): the segment of each video and each text token.
+    """
+    cu_video, cu_text = layout.cu_seqlens, layout.cu_text  # 2 x (B+1,)
+    num_video, num_text = segment_ids.shape[0], text_ids.shape[0]
+    index = torch.arange(num_video + num_text, device=segment_ids.device)  # (L+K,)
+    # Before a video token stands the text of earlier segments, before a text token also the video
+    # of its own.
+    before = torch.cat([cu_text[:-1][segment_ids], cu_video[1:][text_ids] - num_video])  # (L+K,)
+    places = index + before
+    order = torch.empty_like(places).scatter_(0, places, index)
+    video, text = torch.stack([cu_video, cu_text]).tolist()
+    both = [v + k for v, k in zip(video, text, strict=True)]
+    cu_joint = cu_video + cu_text
+    joint = Segments.of(cu_joint, cu_joint, backend, (both, both))
+    text_segments = Segments.of(cu_text, cu_text, backend, (text, text))
+    return JointSequence(joint, order, places, num_video), text_segments
 
 
 def text_segment_ids(layout: Layout, num_text: int) -> Tensor:
