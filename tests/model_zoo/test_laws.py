@@ -19,11 +19,13 @@ from model_zoo.attention import ATTENTION_OPERATORS
 from model_zoo.dit import DiTConfig
 from model_zoo.flops import cost_coefficients, forward_flops
 from model_zoo.layers import CheckpointPolicy
+from model_zoo.mmdit import MMDiTConfig
 
 SMALL = {"width": 24, "ffn": 40, "num_heads": 2, "gate_init": 0.5, "text_max_length": 20}
 # `build` of a config, (token_size, text_vocab, text_dim) -> a model that keeps it as `config`.
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "dit": DiTConfig(**SMALL, depth=3, pooled_text=True).build,
+    "mmdit": MMDiTConfig(**SMALL, double_depth=1, single_depth=2, rope_axes=(4, 4, 4)).build,
 }
 
 # The fifth clip has no text; the last has no video, which the planner never makes.
