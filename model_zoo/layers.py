@@ -152,7 +152,7 @@ class QKNorm(RMSNorm):
 class SelfAttention(nn.Module):
     """Attention of each segment to itself; queries and keys are normalised, then rotated.
 
-    qk_norm: None leaves them as they are.
+    `qk_norm` None leaves the norms out, as the first transformers did.
     """
 
     def __init__(self, width: int, num_heads: int, qk_norm: QKNormOver | None = "head") -> None:

@@ -1,7 +1,6 @@
 """How the clips lie in a pack, as the models want it.
 
-Shapes: B segments, L video tokens, K text tokens; L+K tokens in the joint sequence of models that
-attend to both at once.
+Shapes: B segments, L video tokens, K text tokens.
 """
 
 from dataclasses import dataclass
@@ -28,6 +27,13 @@ def pack_segments(layout: Layout, backend: AttentionBackend) -> tuple[Segments, 
         Segments.of(layout.cu_seqlens, layout.cu_text, backend, (video, text)),
         Segments.of(layout.cu_text, layout.cu_text, backend, (text, text)),
     )
+
+
+def text_segment_ids(layout: Layout, num_text: int) -> Tensor:
+    """(K,) int64: the segment of each text token."""
+    lengths = layout.cu_text.diff().long()
+    segments = torch.arange(lengths.shape[0], device=lengths.device)
+    return torch.repeat_interleave(segments, lengths, output_size=num_text)
 
 
 @dataclass(frozen=True)
@@ -73,13 +79,6 @@ def join_pack(
     joint = Segments.of(cu_joint, cu_joint, backend, (both, both))
     text_segments = Segments.of(cu_text, cu_text, backend, (text, text))
     return JointSequence(joint, order, places, num_video), text_segments
-
-
-def text_segment_ids(layout: Layout, num_text: int) -> Tensor:
-    """(K,) int64: the segment of each text token."""
-    lengths = layout.cu_text.diff().long()
-    segments = torch.arange(lengths.shape[0], device=lengths.device)
-    return torch.repeat_interleave(segments, lengths, output_size=num_text)
 
 
 def both_times(t: Tensor) -> Tensor:
