@@ -298,5 +298,5 @@ class MMDiT(nn.Module):
         x = joint.join(x, text)  # (L+K, D)
         for i, block in enumerate(self.single_blocks, start=config.double_depth):
             x = self.checkpointing.run(block, i, x, *together)
-        x, _ = joint.split(x)  # (L, D)
+        x, _ = joint.split(x)  # (L, D), (K, D)
         return self.head(x, condition, rows).float()  # (L, P)

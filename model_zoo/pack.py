@@ -40,13 +40,13 @@ def text_segment_ids(layout: Layout, num_text: int) -> Tensor:
 class JointSequence:
     """Video and text of a pack as one sequence: each segment's video tokens, then its text tokens.
 
-    Made once a forward pass; both ways are one gather.
+    Made once a forward pass, of tensors alone; see `Segments`.
     """
 
     segments: Segments  # of the joint sequence to itself
     order: Tensor  # (L+K,) int64: which of [video, text] stands at each place
-    places: Tensor  # (L+K,) int64: the inverse, where each of [video, text] stands
-    num_video: int  # L
+    video: Tensor  # (L,) int64: the place of each video token
+    text: Tensor  # (K,) int64: the place of each text token
 
     def join(self, video: Tensor, text: Tensor) -> Tensor:
         """video (L, …), text (K, …) -> (L+K, …)."""
@@ -54,8 +54,7 @@ class JointSequence:
 
     def split(self, joint: Tensor) -> tuple[Tensor, Tensor]:
         """The inverse of `join`: (L+K, …) -> (L, …), (K, …)."""
-        both = joint.index_select(0, self.places)
-        return both[: self.num_video], both[self.num_video :]
+        return joint.index_select(0, self.video), joint.index_select(0, self.text)
 
 
 def join_pack(
@@ -70,15 +69,15 @@ def join_pack(
     index = torch.arange(num_video + num_text, device=segment_ids.device)  # (L+K,)
     # Before a video token stands the text of earlier segments, before a text token also the video
     # of its own.
-    before = torch.cat([cu_text[:-1][segment_ids], cu_video[1:][text_ids] - num_video])  # (L+K,)
-    places = index + before
+    video = index[:num_video] + cu_text[:-1][segment_ids]  # (L,)
+    text = index[:num_text] + cu_video[1:][text_ids]  # (K,)
+    places = torch.cat([video, text])  # (L+K,)
     order = torch.empty_like(places).scatter_(0, places, index)
-    video, text = torch.stack([cu_video, cu_text]).tolist()
-    both = [v + k for v, k in zip(video, text, strict=True)]
-    cu_joint = cu_video + cu_text
-    joint = Segments.of(cu_joint, cu_joint, backend, (both, both))
-    text_segments = Segments.of(cu_text, cu_text, backend, (text, text))
-    return JointSequence(joint, order, places, num_video), text_segments
+    ends_video, ends_text = torch.stack([cu_video, cu_text]).tolist()
+    ends = [v + k for v, k in zip(ends_video, ends_text, strict=True)]
+    joint = Segments.of(cu_video + cu_text, cu_video + cu_text, backend, (ends, ends))
+    text_segments = Segments.of(cu_text, cu_text, backend, (ends_text, ends_text))
+    return JointSequence(joint, order, video, text), text_segments
 
 
 def both_times(t: Tensor) -> Tensor:
