@@ -96,6 +96,32 @@ class Float32Linear(nn.Linear):
             return F.linear(x.float(), self.weight.float(), self.bias.float())
 
 
+class Modulation(Float32Linear):
+    """A condition to the tables of a block: shifts, scales and gates (Peebles and Xie 2023, adaLN).
+
+    `tables`: how many; those at the indices `gates` start at `gate_init`, all others at zero,
+    whatever the condition. SiLU of the condition is the caller's: it is the same for all blocks.
+    """
+
+    def __init__(
+        self, width: int, tables: int, gates: tuple[int, ...] = (), gate_init: float = 0.0
+    ) -> None:
+        self.tables, self.gates, self.gate_init = tables, gates, gate_init
+        super().__init__(width, tables * width)
+
+    def reset_parameters(self) -> None:
+        """Zero weights; biases zero, or `gate_init` where a gate is."""
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+        for i, bias in enumerate(self.bias.chunk(self.tables)):
+            if i in self.gates:
+                nn.init.constant_(bias, self.gate_init)
+
+    def forward(self, condition: Tensor) -> Tensor:
+        """condition (R, D) -> (tables, R, D) float32."""
+        return super().forward(condition).unflatten(-1, (self.tables, -1)).transpose(0, 1)
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square norm over the last dim, in float32, with one weight for each channel."""
 
@@ -124,14 +150,17 @@ class QKNorm(RMSNorm):
 
 
 class SelfAttention(nn.Module):
-    """Attention of each segment to itself; queries and keys are normalised, then rotated."""
+    """Attention of each segment to itself; queries and keys are normalised, then rotated.
 
-    def __init__(self, width: int, num_heads: int, qk_norm: QKNormOver = "head") -> None:
+    `qk_norm` None leaves the norms out, as the first transformers did.
+    """
+
+    def __init__(self, width: int, num_heads: int, qk_norm: QKNormOver | None = "head") -> None:
         super().__init__()
         self.num_heads = num_heads
         self.qkv = Linear(width, 3 * width, chunks=3)
-        self.q_norm = QKNorm(width, num_heads, qk_norm)
-        self.k_norm = QKNorm(width, num_heads, qk_norm)
+        self.q_norm = QKNorm(width, num_heads, qk_norm) if qk_norm else nn.Identity()
+        self.k_norm = QKNorm(width, num_heads, qk_norm) if qk_norm else nn.Identity()
         self.out = Linear(width, width)
 
     def forward(self, x: Tensor, segments: Segments, rotation: Tensor | None = None) -> Tensor:

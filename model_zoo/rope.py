@@ -1,4 +1,4 @@
-"""Rotary positions in three dimensions: time, height, width (Su et al. 2021; the split is Wan's).
+"""Rotary positions in three dimensions: time, height, width (Su et al. 2021).
 
 Shapes: B segments, L tokens, N heads, d head dim. A position is the row of a token in its own
 clip's grid, so it does not depend on where the clip lies in the pack, nor on fps.
@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from model_zoo.protocols import Layout
+
+AxisPairs = tuple[int, int, int]  # rotated channel pairs of a head for time, height, width
 
 
 def token_positions(grid: Tensor, cu_seqlens: Tensor, segment_ids: Tensor) -> Tensor:
@@ -22,8 +24,8 @@ def token_positions(grid: Tensor, cu_seqlens: Tensor, segment_ids: Tensor) -> Te
     return torch.stack([index // (height * width), index // width % height, index % width], dim=-1)
 
 
-def axis_pairs(head_dim: int) -> tuple[int, int, int]:
-    """How many of the d/2 rotated pairs go to time, height and width: (p - 2 (p//3), p//3, p//3).
+def axis_pairs(head_dim: int) -> AxisPairs:
+    """Wan's split of the d/2 rotated pairs into time, height, width: (p - 2 (p//3), p//3, p//3).
 
     Raises ValueError where a head cannot serve all three axes.
     """
@@ -33,24 +35,28 @@ def axis_pairs(head_dim: int) -> tuple[int, int, int]:
     return pairs - 2 * (pairs // 3), pairs // 3, pairs // 3
 
 
-def rotations(positions: Tensor, head_dim: int, theta: float) -> Tensor:
+def rotations(
+    positions: Tensor, head_dim: int, theta: float, axes: AxisPairs | None = None
+) -> Tensor:
     """Unit complex numbers by which each pair of a head's channels turns.
 
     positions (L, 3) -> (L, 1, d/2) complex64; pair j of an axis with m pairs turns by
-    position * theta^(-j/m).
+    position * theta^(-j/m). axes: pairs of each axis, d/2 in all; `axis_pairs` where left out.
     """
     angles = []
-    for axis, pairs in enumerate(axis_pairs(head_dim)):
+    for axis, pairs in enumerate(axes or axis_pairs(head_dim)):
         exponent = torch.arange(pairs, device=positions.device, dtype=torch.float32) / pairs
         angles.append(positions[:, axis, None] * theta**-exponent)  # (L, pairs)
     angle = torch.cat(angles, dim=-1).unsqueeze(1)  # (L, 1, d/2)
     return torch.polar(torch.ones_like(angle), angle)
 
 
-def pack_rotations(layout: Layout, head_dim: int, theta: float) -> Tensor:
+def pack_rotations(
+    layout: Layout, head_dim: int, theta: float, axes: AxisPairs | None = None
+) -> Tensor:
     """`rotations` of all tokens of a pack, (L, 1, d/2) complex64; made once a forward pass."""
     positions = token_positions(layout.grid, layout.cu_seqlens, layout.segment_ids)
-    return rotations(positions, head_dim, theta)
+    return rotations(positions, head_dim, theta, axes)
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:

@@ -44,14 +44,20 @@ def build_text_stem(
 
     ValueError where not exactly one of the two is given.
     """
-    if text_vocab is not None and text_dim is None:
+    check_text_source(text_vocab, text_dim)
+    if text_vocab is not None:
         return TextIdStem(config, text_vocab)
-    if text_dim is not None and text_vocab is None:
-        return TextEmbeddingStem(text_dim, config.width)
-    raise ValueError(
-        f"text_vocab={text_vocab} and text_dim={text_dim}: give exactly one; "
-        "an encoder of ids has a vocab_size, one of embeddings a dim"
-    )
+    assert text_dim is not None
+    return TextEmbeddingStem(text_dim, config.width)
+
+
+def check_text_source(text_vocab: int | None, text_dim: int | None) -> None:
+    """ValueError unless text is either ids below `text_vocab` or embeddings of `text_dim`."""
+    if (text_vocab is None) == (text_dim is None):
+        raise ValueError(
+            f"text_vocab={text_vocab} and text_dim={text_dim}: give exactly one; "
+            "an encoder of ids has a vocab_size, one of embeddings a dim"
+        )
 
 
 class TextIdStem(nn.Module):

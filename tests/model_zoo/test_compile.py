@@ -10,8 +10,18 @@ import torch
 from model_zoo.attention import Segments, _attend, packed_attention
 from model_zoo.dit import DiTConfig
 from model_zoo.layers import CheckpointPolicy
+from model_zoo.mmdit import MMDiTConfig
 
 L, K, P = 200, 60, 6
+SMALL = {"width": 24, "ffn": 40, "num_heads": 2, "gate_init": 0.5}
+# Models, and where their blocks are, of one kind each.
+MODELS = {
+    "dit": (DiTConfig(**SMALL, depth=3), ("blocks",)),
+    "mmdit": (
+        MMDiTConfig(**SMALL, double_depth=2, single_depth=2, rope_axes=(4, 4, 4)),
+        ("double_blocks", "single_blocks"),
+    ),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -37,14 +47,18 @@ def random_pack(make_pack, seed: int):
     return make_pack(grids, texts, P, padding=(room, K - sum(texts)), seed=seed)
 
 
+@pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("mode", ["none", "full"])
-def test_fifty_packs_and_one_graph(make_pack, mode: str) -> None:
+def test_fifty_packs_and_one_graph(make_pack, mode: str, name: str) -> None:
+    """One for each kind of block."""
+    config, kinds = MODELS[name]
     torch.manual_seed(0)
-    model = DiTConfig(width=24, ffn=40, num_heads=2, depth=3, gate_init=0.5).build(P, 258, None)
+    model = config.build(P, 258, None)
     torch.nn.init.normal_(model.head.out.weight, std=0.1)
     eager = copy.deepcopy(model)
-    for block in model.blocks:
-        block.compile(backend="aot_eager")
+    for kind in kinds:
+        for block in getattr(model, kind):
+            block.compile(backend="aot_eager")
     model.set_checkpointing(CheckpointPolicy(mode))
     for seed in range(50):
         pack = random_pack(make_pack, seed)
@@ -56,7 +70,7 @@ def test_fifty_packs_and_one_graph(make_pack, mode: str) -> None:
     for (name, one), other in zip(model.named_parameters(), eager.parameters(), strict=True):
         difference = (one.grad - other.grad).norm() / other.grad.norm().clamp(min=1e-6)
         assert difference < 1e-4, name
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == len(kinds)
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
