@@ -3,6 +3,8 @@
 Shapes: B segments, L video tokens, K text tokens.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -25,6 +27,46 @@ def pack_segments(layout: Layout, backend: AttentionBackend) -> tuple[Segments, 
         Segments.of(layout.cu_seqlens, layout.cu_text, backend, (video, text)),
         Segments.of(layout.cu_text, layout.cu_text, backend, (text, text)),
     )
+
+
+@dataclass(frozen=True)
+class Span:
+    """Video tokens that attend to one another, in an order in which they lie side by side.
+
+    The order moves tokens within their clip only, so that whatever is said of whole clips, their
+    text and their time, holds in it too.
+    """
+
+    segments: Segments
+    order: Tensor | None = None  # (L,) int64: the token at each place; None for the pack's order
+    place: Tensor | None = None  # (L,) int64: the place of each token, the reverse
+
+    def arrange(self, x: Tensor) -> Tensor:
+        """(L, …) in the pack's order -> (L, …) in the span's."""
+        return x if self.order is None else x.index_select(0, self.order)
+
+    def restore(self, x: Tensor) -> Tensor:
+        """(L, …) in the span's order -> (L, …) in the pack's."""
+        return x if self.place is None else x.index_select(0, self.place)
+
+
+def space_and_time(layout: Layout, backend: AttentionBackend) -> tuple[Span, Span]:
+    """The tokens of each time step, and of each place over time (ViViT, Arnab et al. 2021).
+
+    As in `rope.token_positions`, a segment whose grid is zero (padding) is one place over time.
+    """
+    starts, lengths = layout.cu_seqlens[:-1].long(), layout.cu_seqlens.diff().long()  # (B,)
+    places = layout.grid.long().clamp(min=1)[:, 1:].prod(-1)  # (B,) height * width
+    steps = lengths // places  # (B,)
+    token = torch.arange(layout.given_mask.shape[0], device=starts.device)  # (L,)
+    segment = layout.segment_ids  # (L,)
+    start, num_places, num_steps = starts[segment], places[segment], steps[segment]  # 3 x (L,)
+    step, column = (token - start) // num_places, (token - start) % num_places  # 2 x (L,)
+    place = start + column * num_steps + step  # (L,)
+    order = torch.empty_like(place).index_copy_(0, place, token)  # (L,)
+    space = Segments.repeated(steps, places, backend)
+    time = Segments.repeated(places, steps, backend)
+    return Span(space), Span(time, order, place)
 
 
 def text_segment_ids(layout: Layout, num_text: int) -> Tensor:
