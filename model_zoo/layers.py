@@ -75,9 +75,13 @@ class Float32Linear(nn.Linear):
     Modulation wants it: bf16 cannot tell 1 + 0.001 from 1. It acts once a clip, so it costs little.
     """
 
+    def __init__(self, in_features: int, out_features: int, zero: bool = False) -> None:
+        self.zero = zero
+        super().__init__(in_features, out_features)
+
     def reset_parameters(self) -> None:
-        """Normal weights of deviation .02, as Wan's time embedding; biases zero."""
-        nn.init.normal_(self.weight, std=0.02)
+        """Normal weights of deviation .02, as in DiT and Wan, or zero; biases zero."""
+        nn.init.normal_(self.weight, std=0.0 if self.zero else 0.02)
         nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -114,14 +118,17 @@ class QKNorm(RMSNorm):
 
 
 class SelfAttention(nn.Module):
-    """Attention of each segment to itself; queries and keys are normalised, then rotated."""
+    """Attention of each segment to itself; queries and keys are normalised, then rotated.
 
-    def __init__(self, width: int, num_heads: int, qk_norm: QKNormOver = "head") -> None:
+    `qk_norm` None leaves the norms out, as the first transformers did.
+    """
+
+    def __init__(self, width: int, num_heads: int, qk_norm: QKNormOver | None = "head") -> None:
         super().__init__()
         self.num_heads = num_heads
         self.qkv = Linear(width, 3 * width, chunks=3)
-        self.q_norm = QKNorm(width, num_heads, qk_norm)
-        self.k_norm = QKNorm(width, num_heads, qk_norm)
+        self.q_norm = QKNorm(width, num_heads, qk_norm) if qk_norm else nn.Identity()
+        self.k_norm = QKNorm(width, num_heads, qk_norm) if qk_norm else nn.Identity()
         self.out = Linear(width, width)
 
     def forward(self, x: Tensor, segments: Segments, rotation: Tensor | None = None) -> Tensor:
