@@ -137,6 +137,24 @@ def test_a_nan_reaches_no_other_clip(make_pack, name, where):
     torch.testing.assert_close(out[~sick], clean[~sick], atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("grids", "text_lengths", "padding"),
+    [([(2, 3, 2)], [0], (0, 0)), ([(0, 0, 0)], [3], (0, 4)), ([(1, 1, 1)], [2], (5, 0))],
+    ids=["no text at all", "no video at all", "padding without text"],
+)
+def test_all_modules_run_whatever_there_is(make_pack, name, text_dim, grids, text_lengths, padding):
+    """Under ZeRO-3 a rank whose pack lacks something must still gather what the others gather."""
+    model = build(name, text_dim)
+    pack = make_pack(grids, text_lengths, P, text_dim=text_dim, padding=padding)
+    ran = set()
+    for module in model.modules():
+        module.register_forward_hook(lambda module, *_: ran.add(module))
+    out = run(model, pack)
+    assert out.isfinite().all()
+    silent = {module for module in model.modules() if not isinstance(module, nn.ModuleList)} - ran
+    assert not silent
+
+
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name not in TIME_IS_A_TOKEN])
 def test_given_tokens_are_modulated_as_at_time_zero(make_pack, name):
     model = build(name)
