@@ -85,6 +85,23 @@ def _runs(lengths: Tensor) -> tuple[Run, ...]:
     pairs = lengths.t().tolist()
     return tuple(Run(len(list(group)), q, k) for (q, k), group in groupby(pairs) if q or k)
 
+    @staticmethod
+    def repeated(counts: Tensor, lengths: Tensor, backend: AttentionBackend) -> "Segments":
+        """Segments that attend to themselves: counts[i] of lengths[i] tokens each, end to end.
+
+        counts, lengths (n,) int64; both are read to the host at once.
+        """
+        host_counts, host_lengths = torch.stack([counts, lengths]).tolist()
+        pairs = [(c, n) for c, n in zip(host_counts, host_lengths, strict=True) if c * n > 0]
+        runs = tuple(
+            Run(sum(count for count, _ in group), length, length)
+            for length, group in groupby(pairs, key=lambda pair: pair[1])
+        )
+        each = torch.repeat_interleave(lengths, counts, output_size=sum(host_counts))
+        cu = F.pad(each.cumsum(0, dtype=torch.int32), (1, 0))
+        longest = max((run.q_length for run in runs), default=0)
+        return Segments(cu, cu, longest, longest, runs, backend)
+
 
 def check_backend_name(name: str) -> None:
     """Raises ValueError unless `name` is "auto" or a backend, whether or not it runs here."""

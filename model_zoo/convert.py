@@ -98,6 +98,8 @@ def wan_config(shape: WanShape) -> dict[str, Any]:
         raise ValueError("Wan has qk_norm='width', pooled_text=False and gelu='tanh'")
     if ours.rope_theta != 10000.0:
         raise ValueError(f"rope_theta={ours.rope_theta}: Wan has 10000")
+    if ours.attention_span != "full":
+        raise ValueError(f"attention_span={ours.attention_span!r}: Wan has 'full'")
     return {
         "_class_name": "WanTransformer3DModel",
         "patch_size": list(ours.patch),

@@ -14,6 +14,7 @@ the same parameters in the same order.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -37,15 +38,19 @@ from model_zoo.layers import (
     sinusoidal_embedding,
 )
 from model_zoo.pack import (
+    Span,
     backend_for,
     both_times,
     condition_rows,
     pack_segments,
+    space_and_time,
     text_segment_ids,
 )
 from model_zoo.protocols import Layout
 from model_zoo.rope import axis_pairs, pack_rotations
 from model_zoo.text_stem import build_text_stem, mean_by_segment, stem_weights
+
+AttentionSpan = Literal["full", "alternate"]
 
 TIME_FEATURES = 256  # sinusoids of the time embedding, as in DiT and Wan
 
@@ -55,12 +60,17 @@ class DiTConfig:
     """Size and options of a `DiT`; `build` makes it.
 
     `patch`: latent positions in time, height and width that make one token; whoever feeds the model
-    patchifies. `rope_theta`: base of the rotary frequencies. `gate_init`: where the gates of
-    attention and feed-forward start; 0 is adaLN-zero (Peebles and Xie 2023), the safe choice at
-    scale, while .3 lets a small model learn sooner. `qk_norm`: over each "head", or over the whole
-    "width" as Wan. `pooled_text`: the mean text token joins the time embedding. `gelu`: "tanh" as
-    Wan, or "none" for the exact one. `text_depth`, `text_max_length`: layers and positions of the
-    encoder of text ids; unused where text comes as embeddings. `attention`: see `choose_backend`.
+    patchifies. More than one in time is ViViT's tubelet embedding (Arnab et al. 2021, sec. 3.2);
+    its uniform frame sampling is one in time and a lower `fps` of the data's views. `rope_theta`:
+    base of the rotary frequencies. `gate_init`: where the gates of attention and feed-forward
+    start; 0 is adaLN-zero (Peebles and Xie 2023), the safe choice at scale, while .3 lets a small
+    model learn sooner. `qk_norm`: over each "head", or over the whole "width" as Wan.
+    `pooled_text`: the mean text token joins the time embedding. `gelu`: "tanh" as Wan, or "none"
+    for the exact one. `text_depth`, `text_max_length`: layers and positions of the encoder of text
+    ids; unused where text comes as embeddings. `attention`: see `choose_backend`.
+    `attention_span`: self-attention sees the "full" clip, or with "alternate" a time step in even
+    blocks and a place over time in odd ones. That is Latte's variant 1 (Ma et al. 2024); model 3 of
+    ViViT (sec. 3.3) has both in every block.
     """
 
     width: int
@@ -76,6 +86,7 @@ class DiTConfig:
     text_depth: int = 2
     text_max_length: int = 512
     attention: str = "auto"
+    attention_span: AttentionSpan = "full"
 
     def __post_init__(self) -> None:
         check_positive(self, "width", "ffn", "num_heads", "depth", "text_max_length")
@@ -87,6 +98,7 @@ class DiTConfig:
         check_choice("qk_norm", self.qk_norm, QKNormOver)
         check_choice("gelu", self.gelu, Gelu)
         check_backend_name(self.attention)
+        check_choice("attention_span", self.attention_span, AttentionSpan)
 
     @property
     def head_dim(self) -> int:
@@ -104,13 +116,16 @@ class DiTConfig:
     def work(self, token_size: int, text_dim: int | None) -> Work:
         """What a forward pass of the model takes; `text_dim` is None where text comes as ids."""
         d = self.width
+        full = self.attention_span == "full"
         once = 2 * (TIME_FEATURES * d + d * d + 6 * d * d) + self.pooled_text * d * d
         return Work(
             # qkv, out, the queries of cross-attention and its out, ffn
             video_weights=2 * token_size * d + self.depth * (6 * d * d + 2 * d * self.ffn),
             text_weights=stem_weights(self, text_dim) + self.depth * 2 * d * d,
             clip_weights=once,
-            self_widths=self.depth * d,
+            self_widths=self.depth * d if full else 0,
+            space_widths=0 if full else (self.depth + 1) // 2 * d,
+            time_widths=0 if full else self.depth // 2 * d,
             cross_widths=self.depth * d,
             text_widths=self.text_depth * d if text_dim is None else 0,
         )
@@ -208,7 +223,12 @@ class DiT(nn.Module):
         rows = condition_rows(layout, segment_ids)  # (L,)
 
         x = self.embed(tokens.to(self.embed.weight.dtype))  # (L, D)
+        spans: tuple[Span, ...] = (Span(video_segments),)
+        if self.config.attention_span == "alternate":
+            spans = space_and_time(layout, backend)
+        places = [(span.arrange(rows), span.arrange(rotation)) for span in spans]
         for i, block in enumerate(self.blocks):
-            inputs = (x, tables, rows, text, rotation, video_segments, cross_segments)
-            x = self.checkpointing.run(block, i, *inputs)
+            span, (at, turn) = spans[i % len(spans)], places[i % len(spans)]
+            inputs = (span.arrange(x), tables, at, text, turn, span.segments, cross_segments)
+            x = span.restore(self.checkpointing.run(block, i, *inputs))
         return self.head(x, condition, rows).float()  # (L, P)

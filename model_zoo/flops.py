@@ -26,6 +26,7 @@ class Work:
     self_widths: int = 0  # video tokens of a clip to one another
     cross_widths: int = 0  # video tokens to text tokens
     joint_widths: int = 0  # video and text tokens together, to both
+    clip_tokens: int = 0  # of each clip, that join these two
     text_widths: int = 0  # text tokens to one another
     space_widths: int = 0  # video tokens of one time step to one another
     time_widths: int = 0  # video tokens of one place to one another
@@ -39,7 +40,7 @@ def forward_flops(work: Work, grids: Sequence[Grid], text_lengths: Sequence[int]
         n = f * h * w
         weights += work.video_weights * n + work.text_weights * k
         pairs += work.self_widths * n * n + work.cross_widths * n * k
-        pairs += work.joint_widths * (n + k) ** 2 + work.text_widths * k * k
+        pairs += work.joint_widths * (n + k + work.clip_tokens) ** 2 + work.text_widths * k * k
         pairs += work.space_widths * f * (h * w) ** 2 + work.time_widths * h * w * f * f
     return 2 * weights + 4 * pairs  # q k^T and weights v
 
@@ -67,6 +68,7 @@ def cost_coefficients(work: Work, text_tokens: int) -> tuple[int, int]:
     the linear term. These are constants for a recipe; what is equal for all clips is left out, and
     so is attention within one time step or place, which is short.
     """
-    attention = 4 * (work.cross_widths + 2 * work.joint_widths) * text_tokens
+    joint = 2 * work.joint_widths * (text_tokens + work.clip_tokens)
+    attention = 4 * (work.cross_widths * text_tokens + joint)
     quadratic = 4 * (work.self_widths + work.joint_widths)
     return 2 * work.video_weights + attention, quadratic

@@ -85,9 +85,13 @@ class Float32Linear(nn.Linear):
     Modulation wants it: bf16 cannot tell 1 + 0.001 from 1. It acts once a clip, so it costs little.
     """
 
+    def __init__(self, in_features: int, out_features: int, zero: bool = False) -> None:
+        self.zero = zero
+        super().__init__(in_features, out_features)
+
     def reset_parameters(self) -> None:
-        """Normal weights of deviation .02, as Wan's time embedding; biases zero."""
-        nn.init.normal_(self.weight, std=0.02)
+        """Normal weights of deviation .02, as in DiT and Wan, or zero; biases zero."""
+        nn.init.normal_(self.weight, std=0.0 if self.zero else 0.02)
         nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:

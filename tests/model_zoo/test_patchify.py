@@ -1,5 +1,6 @@
 import pytest
 import torch
+import torch.nn.functional as F
 
 from model_zoo.patchify import patch_std, patchify, unpatchify
 
@@ -38,3 +39,13 @@ def test_std_follows_the_order_of_values():
 def test_tokens_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="want \\(8, 12\\)"):
         unpatchify(torch.zeros(7, 12), (2, 2, 2), (1, 2, 2), 3, (2, 4, 4))
+
+
+def test_a_patch_of_several_frames_is_a_tubelet():
+    """ViViT's tubelet embedding (Arnab et al. 2021, sec. 3.2): a convolution of stride its size."""
+    patch, latents = (2, 3, 2), torch.randn(5, 4, 6, 8)
+    kernel, bias = torch.randn(7, 5, *patch), torch.randn(7)
+    tubelets = F.conv3d(latents, kernel, bias, stride=patch)  # (D, f, h, w)
+    weight = kernel.permute(0, 2, 3, 4, 1).flatten(1)  # (D, P)
+    tokens = F.linear(patchify(latents, patch), weight, bias)  # (n, D)
+    torch.testing.assert_close(tokens, tubelets.flatten(1).T, atol=1e-4, rtol=1e-4)

@@ -132,7 +132,14 @@ def test_other_models_are_refused_by_name(change: dict, words: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "option", [{"qk_norm": "head"}, {"pooled_text": True}, {"gelu": "none"}, {"rope_theta": 100.0}]
+    "option",
+    [
+        {"qk_norm": "head"},
+        {"pooled_text": True},
+        {"gelu": "none"},
+        {"rope_theta": 100.0},
+        {"attention_span": "alternate"},
+    ],
 )
 def test_what_wan_has_not_cannot_become_wan(option: dict, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="Wan has"):

@@ -1,0 +1,169 @@
+"""U-ViT (Bao et al. 2023) over packs of video clips: everything is a token.
+
+"All are worth words: a ViT backbone for diffusion models"; blocks as in github.com/baofff/U-ViT,
+libs/uvit.py. Time, text and video of a clip are one sequence, in this order, through plain pre-norm
+blocks without modulation; the output of each block of the first half joins the input of its mirror
+in the second: concatenated, then a linear layer.
+
+What differs: positions are fixed sines and cosines, since sizes vary, where the paper learns a
+table for one size (text has those of its stem). The last layer is the linear one; the paper follows
+it with a 3 x 3 convolution over the image, a small gain (sec. 3.1), but packed tokens form no
+image. That layer starts at zero, and queries, keys and values have biases, as in our other models.
+
+Time is one token a clip, so no token can have a time of its own. Tokens that are given
+(`layout.given_mask`) get a learned embedding instead, which starts at zero: they are marked, not
+modulated with t = 0, and the time token speaks of the others.
+
+Shapes: B segments, L video tokens, K text tokens, J = B + K + L tokens of all kinds, P values in
+one patch, D width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from model_zoo.attention import Segments, check_backend_name
+from model_zoo.flops import Work
+from model_zoo.layers import (
+    CheckpointPolicy,
+    FeedForward,
+    Gelu,
+    Linear,
+    SelfAttention,
+    check_choice,
+    check_positive,
+    head_dim,
+    sinusoidal_embedding,
+)
+from model_zoo.pack import backend_for, joint_places, joint_segments, text_segment_ids
+from model_zoo.protocols import Layout
+from model_zoo.sincos import pack_sincos
+from model_zoo.text_stem import build_text_stem, stem_weights
+
+
+@dataclass(frozen=True)
+class UViTConfig:
+    """Size and options of a `UViT`; `build` makes it.
+
+    `depth` counts all blocks, an odd number: as many before the middle one as after it. `patch`:
+    latent positions in time, height and width that make one token. `gelu`: "none", the exact one,
+    as published, or "tanh". `text_depth`, `text_max_length`: layers and positions of the encoder of
+    text ids; unused where text comes as embeddings. `attention`: see `choose_backend`.
+    """
+
+    width: int
+    ffn: int
+    num_heads: int
+    depth: int
+    patch: tuple[int, int, int] = (1, 2, 2)
+    gelu: Gelu = "none"
+    text_depth: int = 2
+    text_max_length: int = 512
+    attention: str = "auto"
+
+    def __post_init__(self) -> None:
+        check_positive(self, "width", "ffn", "num_heads", "depth", "text_max_length")
+        head_dim(self.width, self.num_heads)
+        if self.width % 4:
+            raise ValueError(f"width={self.width} must be divisible by 4: sines, cosines, two axes")
+        if self.depth % 2 == 0:
+            raise ValueError(f"depth={self.depth} must be odd; try {self.depth + 1}")
+        if min(self.patch) < 1:
+            raise ValueError(f"patch={self.patch} must be at least 1 in time, height and width")
+        if self.text_depth < 0:
+            raise ValueError(f"text_depth={self.text_depth} must not be negative")
+        check_choice("gelu", self.gelu, Gelu)
+        check_backend_name(self.attention)
+
+    @property
+    def num_skips(self) -> int:
+        """Blocks before the middle one, and after it."""
+        return self.depth // 2
+
+    def build(self, token_size: int, text_vocab: int | None, text_dim: int | None) -> "UViT":
+        """The model, on torch's default device, for tokens of `token_size` values.
+
+        Give `text_vocab` where text comes as ids (K,) or `text_dim` where it comes as embeddings
+        (K, text_dim). Raises ValueError where not exactly one of them is given.
+        """
+        return UViT(self, token_size, build_text_stem(self, text_vocab, text_dim))
+
+    def work(self, token_size: int, text_dim: int | None) -> Work:
+        """What a forward pass of the model takes; `text_dim` is None where text comes as ids."""
+        d = self.width
+        # qkv, out, ffn; skips
+        blocks = self.depth * (4 * d * d + 2 * d * self.ffn) + self.num_skips * 2 * d * d
+        return Work(
+            video_weights=2 * token_size * d + blocks,
+            text_weights=stem_weights(self, text_dim) + blocks,
+            clip_weights=blocks,  # the time token
+            clip_tokens=1,
+            joint_widths=self.depth * d,
+            text_widths=self.text_depth * d if text_dim is None else 0,
+        )
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block; in the second half it first takes in a block of the first."""
+
+    def __init__(self, config: UViTConfig, skip: bool) -> None:
+        super().__init__()
+        width = config.width
+        self.skip = Linear(2 * width, width) if skip else None
+        self.norm1 = nn.LayerNorm(width)
+        self.attention = SelfAttention(width, config.num_heads, qk_norm=None)
+        self.norm2 = nn.LayerNorm(width)
+        self.ffn = FeedForward(width, config.ffn, gelu=config.gelu)
+
+    def forward(self, x: Tensor, shallow: Tensor | None, segments: Segments) -> Tensor:
+        """x (J, D), shallow (J, D) where the block has a skip -> (J, D)."""
+        if self.skip is not None:
+            assert shallow is not None
+            x = self.skip(torch.cat([x, shallow], dim=-1))  # (J, 2D) -> (J, D)
+        x = x + self.attention(self.norm1(x), segments)
+        return x + self.ffn(self.norm2(x))
+
+
+class UViT(nn.Module):
+    """A `Denoiser`: noisy tokens, time and text to an output for each token."""
+
+    def __init__(self, config: UViTConfig, token_size: int, text_stem: nn.Module) -> None:
+        super().__init__()
+        width, num_skips = config.width, config.num_skips
+        self.config = config
+        self.checkpointing = CheckpointPolicy()
+        self.embed = Linear(token_size, width)
+        self.given = nn.Parameter(torch.zeros(width))
+        self.text_stem = text_stem
+        self.blocks = nn.ModuleList(Block(config, i > num_skips) for i in range(config.depth))
+        self.norm = nn.LayerNorm(width)
+        self.out = Linear(width, token_size, zero=True)
+
+    def set_checkpointing(self, policy: CheckpointPolicy) -> None:
+        """Choose which blocks are computed again in the backward pass."""
+        self.checkpointing = policy
+
+    def forward(self, tokens: Tensor, t: Tensor, layout: Layout, text: Tensor) -> Tensor:
+        """tokens (L, P), t (B,), layout, text (K,) or (K, text_dim) -> (L, P) float32."""
+        width, num_skips = self.config.width, self.config.num_skips
+        backend = backend_for(self.config.attention, self.embed.weight, tokens.device)
+        segments, text_segments = joint_segments(layout, backend)
+        order, video = joint_places(layout, text.shape[0])  # (J,), (L,)
+
+        time = sinusoidal_embedding(1000 * t, width)  # (B, D)
+        text = self.text_stem(
+            text, text_segments, text_segment_ids(layout, text.shape[0])
+        )  # (K, D)
+        x = self.embed(tokens.to(self.embed.weight.dtype))  # (L, D)
+        given = layout.given_mask[:, None] * self.given  # (L, D)
+        x = (x + given + pack_sincos(layout, width)).to(x.dtype)
+        x = torch.cat([time.to(x.dtype), text.to(x.dtype), x]).index_select(0, order)  # (J, D)
+
+        skips: list[Tensor] = []
+        for i, block in enumerate(self.blocks):
+            shallow = skips.pop() if i > num_skips else None
+            x = self.checkpointing.run(block, i, x, shallow, segments)
+            if i < num_skips:
+                skips.append(x)
+        return self.out(self.norm(x.index_select(0, video))).float()  # (L, P)

@@ -1,0 +1,126 @@
+"""U-ViT against its paper's formula, written out for one clip."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from torch import Tensor, nn
+
+from model_zoo.layers import sinusoidal_embedding
+from model_zoo.sincos import pack_sincos
+from model_zoo.text.byte import ByteText
+from model_zoo.uvit import UViT, UViTConfig
+
+P, TEXT_DIM = 6, 10
+
+
+def attention(layer: nn.Module, x: Tensor, heads: int) -> Tensor:
+    q, k, v = layer.qkv(x).chunk(3, dim=-1)  # 3 x (J, D)
+    outputs = []
+    for n in range(heads):
+        d = q.shape[1] // heads
+        of_head = slice(n * d, (n + 1) * d)
+        weights = (q[:, of_head] @ k[:, of_head].T / d**0.5).softmax(-1)
+        outputs.append(weights @ v[:, of_head])
+    return layer.out(torch.cat(outputs, dim=-1))
+
+
+def formula(model: UViT, time: Tensor, text: Tensor, video: Tensor) -> Tensor:
+    """Bao et al. 2023, sec. 3 and fig. 1: long skips are concatenated, then go through a linear."""
+    x = torch.cat([time, text, video])
+    n, kept = model.config.depth // 2, []
+    for i, block in enumerate(model.blocks):
+        if i > n:
+            x = block.skip(torch.cat([x, kept[2 * n - i]], dim=-1))
+        x = x + attention(block.attention, block.norm1(x), model.config.num_heads)
+        x = x + block.ffn.down(F.gelu(block.ffn.up(block.norm2(x))))
+        kept.append(x)
+    return model.out(model.norm(x[-video.shape[0] :]))
+
+
+def test_a_clip_is_what_the_formula_says(make_pack):
+    torch.manual_seed(0)
+    config = UViTConfig(width=24, ffn=40, num_heads=2, depth=5)
+    model = config.build(P, None, TEXT_DIM)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    pack = make_pack([(1, 2, 2), (3, 2, 4), (2, 1, 1)], [2, 5, 1], P, text_dim=TEXT_DIM)
+    pack.given_mask[5:9] = True
+    t = torch.linspace(0.1, 0.9, pack.num_segments)
+    out = model(pack.tokens, t, pack, pack.text)
+
+    clip, words = slice(4, 28), slice(2, 7)
+    video = model.embed(pack.tokens[clip]) + pack_sincos(pack, config.width)[clip]
+    video = video + pack.given_mask[clip, None] * model.given
+    stem = model.text_stem.mlp
+    text = stem.down(F.gelu(stem.up(pack.text[words]), approximate="tanh"))
+    time = sinusoidal_embedding(1000 * t[1:2], config.width)
+    expected = formula(model, time, text, video)
+    assert (out[clip] - expected).abs().max() < 1e-5
+
+
+def test_each_skip_reaches_its_mirror_alone(make_pack):
+    """Without blocks but skips that pass on the shallow half, the output is the embedding's."""
+    config = UViTConfig(width=24, ffn=40, num_heads=2, depth=5)
+    model = config.build(P, None, TEXT_DIM)
+    with torch.no_grad():
+        for i, block in enumerate(model.blocks):
+            for layer in (block.attention.out, block.ffn.down):
+                nn.init.zeros_(layer.weight)
+                layer.bias.fill_(float(2**i))  # tells which block was passed
+            if block.skip is not None:
+                block.skip.weight.copy_(torch.cat([torch.zeros(24, 24), torch.eye(24)], dim=1))
+    seen = []
+    model.norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    pack = make_pack([(1, 2, 2)], [2], P, text_dim=TEXT_DIM)
+    model(pack.tokens, torch.rand(pack.num_segments), pack, pack.text)
+    start = model.embed(pack.tokens) + pack_sincos(pack, 24)
+    # The last block takes the output of the first: only these two have been passed, twice each.
+    torch.testing.assert_close(seen[0], start + 2 * (2**0 + 2**4))
+
+
+@pytest.mark.parametrize(
+    ("depth", "width", "heads", "classes", "millions"),
+    [
+        (13, 512, 8, 0, 44),  # for CIFAR-10, the others for ImageNet
+        (17, 768, 12, 1001, 131),
+        (21, 1024, 16, 1001, 287),
+        (29, 1152, 16, 1001, 501),
+    ],
+)
+def test_real_sizes_are_uvits(depth, width, heads, classes, millions):
+    """Table 1 of the paper, whose positions and classes are tables."""
+    config = UViTConfig(width=width, ffn=4 * width, num_heads=heads, depth=depth)
+    with torch.device("meta"):
+        model = config.build(16, None, TEXT_DIM)
+        parts = [model.embed, model.blocks, model.norm, model.out]
+        count = sum(p.numel() for part in parts for p in part.parameters())
+    count += (classes + 256) * width
+    assert count == pytest.approx(millions * 1e6, abs=5e5)
+
+
+def test_the_small_size(pytestconfig) -> None:
+    options = yaml.safe_load((pytestconfig.rootpath / "conf/model/uvit_xs.yaml").read_text())
+    assert options.pop("_target_") == "model_zoo.uvit.UViTConfig"
+    with torch.device("meta"):
+        model = UViTConfig(**options).build(144, ByteText.vocab_size, None)
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(1.96e6, abs=5e3)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"num_heads": 5}, "width=24 must be divisible by num_heads=5"),
+        ({"width": 18}, "width=18 must be divisible by 4"),
+        ({"depth": 4}, "depth=4 must be odd; try 5"),
+        ({"depth": -1}, "depth=-1 must be at least 1"),
+        ({"patch": (1, 0, 2)}, "must be at least 1 in time"),
+        ({"text_depth": -1}, "text_depth=-1"),
+        ({"gelu": "relu"}, "gelu='relu' is not known"),
+        ({"attention": "xformers"}, "attention='xformers' is not known"),
+    ],
+)
+def test_impossible_models_are_refused(options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        UViTConfig(**{"width": 24, "ffn": 40, "num_heads": 2, "depth": 3, **options})
