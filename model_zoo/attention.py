@@ -11,7 +11,7 @@ one segment, a NaN included, never reaches another.
 import importlib.util
 import logging
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from itertools import groupby
 from typing import Any, Literal, cast, get_args
 
@@ -75,7 +75,18 @@ class Segments:
         lengths = torch.tensor(host or (cu_q.tolist(), cu_k.tolist())).diff()
         return Segments(cu_q.int(), cu_k.int(), lengths, backend)
 
-    @property
+    @staticmethod
+    def repeated(counts: Tensor, lengths: Tensor, backend: AttentionBackend) -> "Segments":
+        """Segments that attend to themselves: counts[i] of lengths[i] tokens each, end to end.
+
+        counts, lengths (n,) int64; both are read to the host at once.
+        """
+        host_counts, host_lengths = torch.stack([counts, lengths]).cpu()
+        each = torch.repeat_interleave(host_lengths, host_counts)
+        cu = F.pad(each.cumsum(0), (1, 0)).int().to(counts.device)
+        return Segments(cu, cu, torch.stack([each, each]), backend)
+
+    @cached_property
     def runs(self) -> tuple[Run, ...]:
         """In order; they cover the queries and the keys exactly."""
         return _runs(self.lengths)
@@ -84,23 +95,6 @@ class Segments:
 def _runs(lengths: Tensor) -> tuple[Run, ...]:
     pairs = lengths.t().tolist()
     return tuple(Run(len(list(group)), q, k) for (q, k), group in groupby(pairs) if q or k)
-
-    @staticmethod
-    def repeated(counts: Tensor, lengths: Tensor, backend: AttentionBackend) -> "Segments":
-        """Segments that attend to themselves: counts[i] of lengths[i] tokens each, end to end.
-
-        counts, lengths (n,) int64; both are read to the host at once.
-        """
-        host_counts, host_lengths = torch.stack([counts, lengths]).tolist()
-        pairs = [(c, n) for c, n in zip(host_counts, host_lengths, strict=True) if c * n > 0]
-        runs = tuple(
-            Run(sum(count for count, _ in group), length, length)
-            for length, group in groupby(pairs, key=lambda pair: pair[1])
-        )
-        each = torch.repeat_interleave(lengths, counts, output_size=sum(host_counts))
-        cu = F.pad(each.cumsum(0, dtype=torch.int32), (1, 0))
-        longest = max((run.q_length for run in runs), default=0)
-        return Segments(cu, cu, longest, longest, runs, backend)
 
 
 def check_backend_name(name: str) -> None:

@@ -168,7 +168,7 @@ class SelfAttention(nn.Module):
         self.out = Linear(width, width)
 
     def forward(self, x: Tensor, segments: Segments, rotation: Tensor | None = None) -> Tensor:
-        """x (L, D) -> (L, D); rotation (L, 1, d/2) complex, or None for no rotary positions."""
+        """x (L, D) -> (L, D); rotation (L, 1, d/2, 2), or None for no rotary positions."""
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (L, 3, N, d)
         q, k, v = qkv.unbind(1)  # 3 x (L, N, d)
         q, k = self.q_norm(q), self.k_norm(k)

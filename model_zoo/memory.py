@@ -82,7 +82,7 @@ def activation_bytes(
         total += kept[mode]
     if policy.mode != "none":
         total += block  # of the one that is computed again
-    # Its rotation, complex64; and the head's norm in float32, shift, scale and input.
+    # Its rotation, two numbers a pair; and the head's norm in float32, shift, scale and input.
     once = 4 * config.head_dim + 3 * 4 * width + value_bytes * width
     return tokens * (total + once)
 

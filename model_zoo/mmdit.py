@@ -145,7 +145,7 @@ class QKV(nn.Module):
         self.k_norm = QKNorm(width, num_heads, "head")
 
     def forward(self, x: Tensor, rotation: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """x (n, D) -> 3 x (n, N, d); rotation (n, 1, d/2) complex, None for no positions."""
+        """x (n, D) -> 3 x (n, N, d); rotation (n, 1, d/2, 2), None for no positions."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(1)  # 3 x (n, N, d)
         q, k = self.q_norm(q), self.k_norm(k)
         if rotation is not None:
@@ -218,7 +218,7 @@ class SingleBlock(nn.Module):
     ) -> Tensor:
         """x (L+K, D), condition (2B, D) float32, rows (L+K,) into it -> (L+K, D).
 
-        rotation (L+K, 1, d/2) complex: 1 where text is.
+        rotation (L+K, 1, d/2, 2): none where text is.
         """
         shift, scale, gate = self.modulation(condition)  # 3 x (2B, D)
         y = modulate(x, shift, scale, rows)
@@ -293,7 +293,7 @@ class MMDiT(nn.Module):
             x, text = self.checkpointing.run(block, i, *inputs)
 
         # From here on in one sequence; text does not turn.
-        still = rotation.new_ones(text.shape[0], *rotation.shape[1:])  # (K, 1, d/2)
+        still = rotation.new_tensor([1.0, 0.0]).expand(text.shape[0], *rotation.shape[1:])  # (K, …)
         together = (condition, joint.join(rows, text_ids), joint.join(rotation, still), joint)
         x = joint.join(x, text)  # (L+K, D)
         for i, block in enumerate(self.single_blocks, start=config.double_depth):

@@ -36,6 +36,10 @@ class Layout(Protocol):
     def segment_ids(self) -> Tensor:
         """(L,) int64: the segment of each token."""
 
+    @property
+    def token_index(self) -> Tensor:
+        """(L,) int64: which token of its clip's grid, row-major in (time, height, width)."""
+
 
 class Denoiser(Protocol):
     """A network that reads noisy tokens; attention never crosses segments.

@@ -12,15 +12,14 @@ from model_zoo.protocols import Layout
 AxisPairs = tuple[int, int, int]  # rotated channel pairs of a head for time, height, width
 
 
-def token_positions(grid: Tensor, cu_seqlens: Tensor, segment_ids: Tensor) -> Tensor:
-    """Time, height and width row of each token; token order is row-major in (time, height, width).
+def token_positions(layout: Layout) -> Tensor:
+    """Time, height and width row of each token in its clip's grid, (L, 3) int64.
 
-    grid (B, 3), cu_seqlens (B+1,), segment_ids (L,) -> (L, 3) int64. A segment whose grid is zero
-    (padding) counts upwards in time.
+    A segment whose grid is zero (padding) counts upwards in time.
     """
-    index = torch.arange(segment_ids.shape[0], device=segment_ids.device)  # (L,)
-    index = index - cu_seqlens.long()[segment_ids]
-    height, width = grid.long().clamp(min=1)[:, 1:][segment_ids].unbind(-1)  # (L,), (L,)
+    index = layout.token_index  # (L,)
+    sides = layout.grid.long().clamp(min=1)[layout.segment_ids]  # (L, 3)
+    _, height, width = sides.unbind(-1)
     return torch.stack([index // (height * width), index // width % height, index % width], dim=-1)
 
 
@@ -38,9 +37,9 @@ def axis_pairs(head_dim: int) -> AxisPairs:
 def rotations(
     positions: Tensor, head_dim: int, theta: float, axes: AxisPairs | None = None
 ) -> Tensor:
-    """Unit complex numbers by which each pair of a head's channels turns.
+    """Unit complex numbers by which each pair of a head's channels turns, as real pairs.
 
-    positions (L, 3) -> (L, 1, d/2) complex64; pair j of an axis with m pairs turns by
+    positions (L, 3) -> (L, 1, d/2, 2) float32; pair j of an axis with m pairs turns by
     position * theta^(-j/m). axes: pairs of each axis, d/2 in all; `axis_pairs` where left out.
     """
     angles = []
@@ -48,21 +47,27 @@ def rotations(
         exponent = torch.arange(pairs, device=positions.device, dtype=torch.float32) / pairs
         angles.append(positions[:, axis, None] * theta**-exponent)  # (L, pairs)
     angle = torch.cat(angles, dim=-1).unsqueeze(1)  # (L, 1, d/2)
-    return torch.polar(torch.ones_like(angle), angle)
+    return torch.stack([angle.cos(), angle.sin()], dim=-1)
 
 
 def pack_rotations(
     layout: Layout, head_dim: int, theta: float, axes: AxisPairs | None = None
 ) -> Tensor:
-    """`rotations` of all tokens of a pack, (L, 1, d/2) complex64; made once a forward pass."""
-    positions = token_positions(layout.grid, layout.cu_seqlens, layout.segment_ids)
-    return rotations(positions, head_dim, theta, axes)
+    """`rotations` of all tokens of a pack, (L, 1, d/2, 2); made once a forward pass."""
+    return rotations(token_positions(layout), head_dim, theta, axes)
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Turn neighbouring channel pairs of x (L, N, d) by rotation (L, 1, d/2); computed in float32.
+    """Turn neighbouring channel pairs of x (L, N, d) by rotation (L, 1, d/2, 2), in float32.
 
-    One complex product: a quarter of the time of its four real ones on a CPU.
+    One complex product: a quarter of the time of its four real ones on a CPU. Compiled code has no
+    complex numbers.
     """
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # (L, N, d/2)
-    return torch.view_as_real(pairs * rotation).flatten(-2).to(x.dtype)  # (L, N, d)
+    pairs = x.float().unflatten(-1, (-1, 2))  # (L, N, d/2, 2)
+    if torch.compiler.is_compiling():
+        (a, b), (cos, sin) = pairs.unbind(-1), rotation.unbind(-1)  # 2 x 2 x (L, N, d/2)
+        turned = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1)
+    else:
+        product = torch.view_as_complex(pairs) * torch.view_as_complex(rotation)  # (L, N, d/2)
+        turned = torch.view_as_real(product)
+    return turned.flatten(-2).to(x.dtype)  # (L, N, d)

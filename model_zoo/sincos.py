@@ -18,8 +18,7 @@ def pack_sincos(layout: Layout, width: int) -> Tensor:
     column, half the row. Time, which DiT has not, is added in all channels as in Latte (Ma et al.
     2024), less what it is at the first step, so that an image is positioned exactly as in DiT.
     """
-    positions = token_positions(layout.grid, layout.cu_seqlens, layout.segment_ids)  # (L, 3)
-    time, row, column = positions.unbind(-1)  # 3 x (L,)
+    time, row, column = token_positions(layout).unbind(-1)  # 3 x (L,)
     plane = torch.cat([_axis(column, width // 2), _axis(row, width // 2)], dim=-1)  # (L, D)
     return plane + _axis(time, width) - _axis(torch.zeros_like(time[:1]), width)
 

@@ -12,7 +12,7 @@ def test_positions_equal_a_naive_loop(make_pack):
     pack = make_pack(GRIDS, [1, 1, 1], token_size=2, padding=(5, 0))
     naive = [(f, h, w) for F, H, W in GRIDS for f in range(F) for h in range(H) for w in range(W)]
     naive += [(i, 0, 0) for i in range(5)]  # padding counts upwards in time
-    positions = token_positions(pack.grid, pack.cu_seqlens, pack.segment_ids)
+    positions = token_positions(pack)
     assert positions.tolist() == [list(position) for position in naive]
 
 
@@ -21,7 +21,7 @@ def test_rotation_equals_a_naive_loop(make_pack, head_dim):
     pack = make_pack(GRIDS, [1, 1, 1], token_size=2)
     theta, pairs = 100.0, axis_pairs(head_dim)
     assert sum(pairs) == head_dim // 2
-    positions = token_positions(pack.grid, pack.cu_seqlens, pack.segment_ids).tolist()
+    positions = token_positions(pack).tolist()
     x = torch.randn(len(positions), 2, head_dim)
     expected = x.clone()
     for token, position in enumerate(positions):

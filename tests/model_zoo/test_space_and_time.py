@@ -56,7 +56,6 @@ def test_equal_lengths_are_one_run(make_pack):
     assert time.segments.runs == tuple(
         Run(n, length, length) for n, length in [(6, 2), (1, 1), (16, 3), (4, 1), (1, 4), (1, 5)]
     )
-    assert (space.segments.max_q, time.segments.max_q) == (8, 5)
 
 
 def test_even_blocks_see_a_step_and_odd_ones_a_place(make_pack):
