@@ -94,7 +94,9 @@ class Assembly:
 
     def check(self) -> None:
         """ValueError where the parts do not fit together; builds the model without memory."""
-        self.recipe()
+        keep = self.recipe().keep
+        if min(rate for _, rate in keep) < 1 and not getattr(self.model, "drops_tokens", True):
+            raise ValueError(f"data.keep={keep}: this model wants all tokens of a clip")
         self.num_parameters()
         self.build_objective()
 

@@ -101,6 +101,11 @@ class DiTConfig:
         check_choice("attention_span", self.attention_span, AttentionSpan)
 
     @property
+    def drops_tokens(self) -> bool:
+        """Whether it can do with some of a clip's tokens, as masked training wants."""
+        return self.attention_span == "full"
+
+    @property
     def head_dim(self) -> int:
         """Channels of one attention head."""
         return head_dim(self.width, self.num_heads)

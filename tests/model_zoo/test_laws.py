@@ -17,16 +17,24 @@ from torch.utils.flop_counter import FlopCounterMode
 from framework.batch import PackedBatch
 from model_zoo.attention import ATTENTION_OPERATORS
 from model_zoo.dit import DiTConfig
+from model_zoo.dit_original import OriginalDiTConfig
 from model_zoo.flops import cost_coefficients, forward_flops
 from model_zoo.layers import CheckpointPolicy
 from model_zoo.mmdit import MMDiTConfig
+from model_zoo.uvit import UViTConfig
 
-SMALL = {"width": 24, "ffn": 40, "num_heads": 2, "gate_init": 0.5, "text_max_length": 20}
+SIZE = {"width": 24, "num_heads": 2, "text_max_length": 20}
+SMALL = {**SIZE, "ffn": 40, "gate_init": 0.5}
 # `build` of a config, (token_size, text_vocab, text_dim) -> a model that keeps it as `config`.
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "dit": DiTConfig(**SMALL, depth=3, pooled_text=True).build,
     "mmdit": MMDiTConfig(**SMALL, double_depth=1, single_depth=2, rope_axes=(4, 4, 4)).build,
+    "dit_alternate": DiTConfig(**SMALL, depth=4, attention_span="alternate").build,
+    "dit_original": OriginalDiTConfig(**SIZE, depth=3, text_depth=1, learn_sigma=True).build,
+    "dit_original_labels": OriginalDiTConfig(**SIZE, depth=3, text_depth=0).build,
+    "uvit": UViTConfig(**SIZE, ffn=40, depth=5).build,
 }
+TIME_IS_A_TOKEN = ("uvit",)  # whose given tokens are marked instead of modulated with t = 0
 
 # The fifth clip has no text; the last has no video, which the planner never makes.
 GRIDS = [(2, 3, 2), (1, 1, 1), (3, 2, 4), (3, 2, 4), (2, 1, 5), (0, 0, 0)]
@@ -168,6 +176,8 @@ def test_a_nan_reaches_no_other_clip(make_pack, name, where):
 
 def test_given_tokens_are_modulated_as_at_time_zero(make_pack, name):
     """A clip without text: text may see its clip's t all the same."""
+    if name in TIME_IS_A_TOKEN:
+        return
     model = build(name)
     pack = make_pack(GRIDS, TEXT, P)
     clip = pack.segment_ids == 4
@@ -187,6 +197,26 @@ def test_time_text_and_position_matter(make_pack, name):
     assert not torch.allclose(out, run(model, replace(pack, text=pack.text.flip(0))))
     turned = replace(pack, grid=pack.grid[:, [0, 2, 1]])
     assert not torch.allclose(out, run(model, turned))
+    # One given token of a clip: the others see it otherwise than before.
+    given = replace(pack, given_mask=torch.arange(pack.tokens.shape[0]) == 0)
+    changed = (run(model, given) - out).abs().amax(-1) > 1e-6
+    assert changed[: pack.cu_seqlens[1]].any()
+    assert not changed[pack.cu_seqlens[1] :].any()
+
+
+def test_a_token_is_where_its_index_says(make_pack, name):
+    """So that tokens may be dropped: those that are left keep their places."""
+    model = build(name)
+    pack = make_pack(GRIDS, TEXT, P, padding=(3, 5))
+    whole = replace(pack, index=pack.token_index.int())
+    torch.testing.assert_close(run(model, whole), run(model, pack), atol=0, rtol=0)
+    if not getattr(model.config, "drops_tokens", True):
+        return
+    order = torch.argsort(pack.segment_ids + 0.9 * torch.rand(pack.tokens.shape[0]))
+    shuffled = replace(pack, tokens=pack.tokens[order], index=whole.index[order])
+    out = run(model, pack)
+    torch.testing.assert_close(run(model, shuffled), out[order], atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(run(model, replace(shuffled, index=None)), out[order])
 
 
 @pytest.mark.parametrize("text", [[4, 1], [0, 0]], ids=["text", "no_text"])
