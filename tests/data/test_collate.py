@@ -10,7 +10,7 @@ import pytest
 from framework.data.collate import VideoReader, assemble, to_batch
 from framework.data.cost import CostModel
 from framework.data.plan import ClipPlan, PackPlan, Recipe
-from framework.data.views import Geometry, View, ViewConfig
+from framework.data.views import Geometry, View, ViewConfig, kept_tokens
 from framework.storage import Store
 from framework.video import encode
 
@@ -102,3 +102,32 @@ def test_a_clip_that_is_taken_out_leaves_a_hole_and_is_not_read(tmp_path: Path) 
     assert batch.cu_seqlens.tolist() == [0, 2, 4, 4, 6]  # its place is kept
     assert batch.loss_mask.tolist() == [0, 0, 1, 1, 0, 0]
     assert batch.read.clips == 1
+
+
+def test_dropped_tokens_are_drawn_and_those_left_keep_their_places(tmp_path: Path) -> None:
+    video = encode(np.full((2, 8, 8, 3), 99, np.uint8), 8.0)
+    store = Store(tmp_path)
+    store.write(CLIP.shard, video)
+    clip = replace(CLIP, offset=0, size_bytes=len(video), grid=(2, 3, 4), tokens=10)
+    clip = replace(clip, checksum=zlib.crc32(video), checked_bytes=len(video))
+    recipe = Recipe(
+        views=ViewConfig(frames=(2,), sizes=((8, 8),)),
+        geometry=Geometry(1, 8, False, (1, 1, 1)),
+        cost=CostModel(1),
+        max_tokens=16,
+        max_text_tokens=3,
+        max_clips=2,
+        global_batch_packs=1,
+        keep=((0, 0.4),),
+        seed=5,
+    )
+    numbered = replace(
+        reader(store), tokenize=lambda _: np.arange(24, dtype=np.float32)[:, None].repeat(3, 1)
+    )
+    batch = to_batch(assemble(PackPlan((clip,), 0), numbered, recipe), 0, 0, 0)
+    kept = kept_tokens(5, 0, 7, 24, 10).tolist()
+    assert batch.tokens[:10, 0].tolist() == kept
+    assert batch.token_index.tolist() == [*kept, *range(6)]
+    assert batch.grid[0].tolist() == [2, 3, 4]
+    assert batch.cu_seqlens.tolist() == [0, 10, 10, 16]
+    assert batch.loss_mask.sum() == 10

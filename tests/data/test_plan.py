@@ -1,6 +1,7 @@
 """Laws of the plan: every clip once, the same global batches on any ranks, the same bytes."""
 
 import hashlib
+import math
 import pickle
 import threading
 from collections import Counter
@@ -12,7 +13,7 @@ import pytest
 
 from framework.data.cost import CostModel
 from framework.data.plan import Plan, Recipe, deal_steps, make_epoch
-from framework.data.views import Geometry, ViewConfig
+from framework.data.views import Geometry, ViewConfig, kept_tokens
 from framework.seeding import hash64_array
 from framework.storage import Store
 
@@ -471,3 +472,49 @@ def test_a_reader_waits_for_an_epoch_in_the_making(tmp_path):
     waiter.join(60)
     assert not waiter.is_alive()
     assert plan.locate(beyond) == (1, 0)
+
+
+def test_masked_training_keeps_a_share_of_each_clips_tokens_in_phases(tmp_path):
+    store = Store(tmp_path)
+    roomy = replace(RECIPE, max_clips=64, max_text_tokens=4000)
+    recipe = replace(roomy, keep=((0, 0.5), (2, 1.0)))
+    whole = make(Store(tmp_path / "whole"), recipe=roomy)
+    full = {clip.clip_id: clip for clip in real_clips(whole, 0)}
+    plans = [make(store, recipe=recipe, epoch=epoch) for epoch in range(3)]
+    for epoch, rate in ((0, 0.5), (1, 0.5), (2, 1.0)):
+        for clip in real_clips(plans[epoch], epoch):
+            tokens = math.prod(clip.grid)
+            assert clip.tokens == max(1, math.ceil(rate * tokens))
+    # What is saved becomes throughput: packs are as full as before, and fewer.
+    half, all_of_it = (plans[2].summary(epoch) for epoch in (0, 2))
+    assert half.steps < 0.7 * all_of_it.steps
+    assert half.fill > 0.9 * all_of_it.fill
+    assert all_of_it.tokens == whole.summary(0).tokens
+    # Half the tokens leave room for longer views; none is refused that was not.
+    assert half.clips >= len(full)
+
+
+def test_which_tokens_are_kept_is_drawn_anew_each_epoch():
+    first, again = (kept_tokens(3, 0, 77, 100, 40) for _ in range(2))
+    assert first.tolist() == again.tolist() == sorted(set(first.tolist()))
+    others = [kept_tokens(*key, 100, 40).tolist() for key in ((3, 1, 77), (3, 0, 78), (4, 0, 77))]
+    assert first.tolist() not in others
+    assert kept_tokens(3, 0, 77, 100, 100).tolist() == list(range(100))
+    share = np.mean([np.isin(np.arange(100), kept_tokens(0, 0, i, 100, 40)) for i in range(500)], 0)
+    assert share.min() > 0.3  # 0.4 +- 0.022, four sigma
+    assert share.max() < 0.5
+
+
+@pytest.mark.parametrize(
+    ("keep", "words"),
+    [
+        ((), "must begin at epoch 0"),
+        (((1, 0.5),), "must begin at epoch 0"),
+        (((0, 0.5), (0, 1.0)), "must rise"),
+        (((0, 0.0),), r"must lie in \(0, 1\]"),
+        (((0, 1.5),), r"must lie in \(0, 1\]"),
+    ],
+)
+def test_impossible_phases_are_refused(keep, words):
+    with pytest.raises(ValueError, match=words):
+        replace(RECIPE, keep=keep)
