@@ -59,6 +59,7 @@ GROUPS = {
     "raylet": "raylet",
     "executor": "ray::Stream",
 }
+WAIT_S = 40.0  # for streams to begin, or to end
 UNIT_NAMES = ("executor s", "segment", "task")
 
 
@@ -163,36 +164,37 @@ class Run:
     """What one run of some streams cost."""
 
     units: tuple[float, ...]  # seconds, executor seconds, segments, tasks
+    num_idle: int  # streams that took no step
     cpu_s: Counter[str]  # by group
 
 
-def run_streams(
-    actors: list[Any], plan: Plan, setting: Setting, window_s: float
-) -> tuple[Run, float]:
-    """All actors at once for a while; and the steps that they took a second."""
+def run_streams(actors: list[Any], plan: Plan, setting: Setting, window_s: float) -> Run:
+    """All actors at once for a while."""
     import ray
 
     reader = IdleReader(Store("/"), no_tokens, TEXT, token_size=1, pause_s=setting.pause_s)
     config = StreamConfig(max_tasks=1, segment_steps=setting.segment_steps, object_store_mb=64)
 
-    def total() -> int:
-        return sum(ray.get([actor.done.remote() for actor in actors]))
+    def done() -> np.ndarray:
+        return np.array(ray.get([actor.done.remote() for actor in actors]))
 
     taking = [
         actor.take.remote(plan, reader, config, rank, len(actors))
         for rank, actor in enumerate(actors)
     ]
-    while min(ray.get([actor.done.remote() for actor in actors])) < setting.segment_steps:
+    give_up = time.monotonic() + WAIT_S
+    while done().min() < setting.segment_steps and time.monotonic() < give_up:
         time.sleep(0.5)
-    before, cpu_before, began = total(), cpu_by_group(), time.perf_counter()
+    before, cpu_before, began = done(), cpu_by_group(), time.perf_counter()
     time.sleep(window_s)
-    steps, cpu, seconds = total() - before, cpu_by_group(), time.perf_counter() - began
+    steps, cpu, seconds = done() - before, cpu_by_group(), time.perf_counter() - began
     ray.get([actor.stop.remote() for actor in actors])
-    ray.get(taking)
+    ray.wait(taking, num_returns=len(taking), timeout=WAIT_S)
     time.sleep(1 + (setting.segment_steps + 1) * setting.pause_s)  # for what is in the making
     cpu.subtract(cpu_before)
-    units = (seconds, seconds * len(actors), steps / setting.segment_steps, float(steps))
-    return Run(units, cpu), steps / seconds
+    total = float(steps.sum())
+    units = (seconds, seconds * len(actors), total / setting.segment_steps, total)
+    return Run(units, int((steps == 0).sum()), cpu)
 
 
 def fit(runs: Sequence[Run], group: str) -> np.ndarray:
@@ -347,21 +349,22 @@ def measure(streams: Sequence[int], window_s: float) -> Rates:
         ray.remote(num_cpus=0, max_concurrency=3)(Stream).remote() for _ in range(max(streams))
     ]
     ray.get([actor.done.remote() for actor in actors])
-    print(f"{'streams':>7}{'steps/segment':>15}{'pause s':>9}{'steps/s':>9}   CPU ms a second of")
+    print(f"{'streams':>7}{'steps/segment':>15}{'pause s':>9}{'steps/s':>9}", end="")
+    print(f"{'idle':>6}   CPU ms a second of")
     runs = []
     with tempfile.TemporaryDirectory() as folder:
         for count in streams:
             plan = tiny_plan(folder, count)
             for setting in SETTINGS:
-                run, per_s = run_streams(actors[:count], plan, setting, window_s)
+                run = run_streams(actors[:count], plan, setting, window_s)
                 runs.append(run)
                 shares = ", ".join(
                     f"{group} {1e3 * spent / run.units[0]:.0f}"
                     for group, spent in sorted(run.cpu_s.items())
                 )
                 print(
-                    f"{count:>7}{setting.segment_steps:>15}{setting.pause_s:>9.1f}{per_s:>9.1f}"
-                    f"   {shares}",
+                    f"{count:>7}{setting.segment_steps:>15}{setting.pause_s:>9.1f}"
+                    f"{run.units[3] / run.units[0]:>9.1f}{run.num_idle:>6}   {shares}",
                     flush=True,
                 )
     memory = ray.get([actor.memory_mb.remote() for actor in actors[: streams[0]]])
