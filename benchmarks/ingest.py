@@ -36,7 +36,7 @@ from typing import Any
 
 import av
 import numpy as np
-import psutil
+import psutil  # type: ignore[import-untyped]
 import torch
 from av.video.reformatter import Interpolation, VideoReformatter
 from PIL import Image
@@ -319,7 +319,7 @@ def collate(clips: list[tuple[int, np.ndarray]]) -> Pack:
 
 def energon(work: Work) -> Iterator[Pack]:
     """Megatron-energon, crude samples, through its Multi-Storage Client."""
-    from megatron import energon as me
+    from megatron import energon as me  # type: ignore[import-not-found]
 
     profile = {
         "storage_provider": {
@@ -374,8 +374,8 @@ def prepare_energon(clips: Path, shards: list[str]) -> bool:
     """Write the index that it wants beside the shards; False where it is not installed."""
     if find_spec("megatron") is None:
         return False
-    from megatron.energon.epathlib import EPath
-    from megatron.energon.flavors import BaseWebdatasetFactory
+    from megatron.energon.epathlib import EPath  # type: ignore[import-not-found]
+    from megatron.energon.flavors import BaseWebdatasetFactory  # type: ignore[import-not-found]
 
     if not (clips / ".nv-meta" / "dataset.yaml").exists():
         BaseWebdatasetFactory.prepare_dataset(
@@ -491,7 +491,7 @@ def check(results: dict[str, list[dict[str, Any]]], work: Work) -> int:
         frames = decode(data, work.frames, SEEN_HEIGHT, SEEN_WIDTH)
         if i == 0:
             assert np.array_equal(frames, bare_decode(data, work.stride))
-        right[str(i)] = zlib.crc32(TOKENIZER(frames))
+        right[str(i)] = zlib.crc32(TOKENIZER(frames).tobytes())
     runs = [(name, run) for name, runs in results.items() for run in runs]
     for name, found in runs:
         wrong = [i for i, checksum in found["seen"].items() if checksum != right[i]]
@@ -567,6 +567,8 @@ if __name__ == "__main__":
     parser.add_argument("--stride", type=int, choices=(1, 2, 3, 4, 6, 8), default=1)
     parser.add_argument("--only", choices=CONTENDERS, nargs="+", default=list(CONTENDERS))
     given = parser.parse_args()
+    if not {"limit", "ours"} <= set(given.only):
+        parser.error("--only must name limit and ours, which all are compared with")
     with tempfile.TemporaryDirectory() as temporary:
         place = given.folder or Path(temporary)
         main(place, given.turns, given.window, given.stride, given.only)

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import psutil
+import psutil  # type: ignore[import-untyped]
 
 from benchmarks.ingest import FPS, HEIGHT, NUM_FRAMES, WIDTH, render
 from benchmarks.packing import RECIPE, mixture
