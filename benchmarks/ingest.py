@@ -42,9 +42,8 @@ from av.video.reformatter import Interpolation, VideoReformatter
 from PIL import Image
 from torch import Tensor
 
-from framework.assembly import CaptionEncoder, Tokenizer
 from framework.cluster import ClusterConfig, connect
-from framework.data.collate import ClipReader
+from framework.data.collate import VideoReader
 from framework.data.config import StreamConfig
 from framework.data.cost import CostModel
 from framework.data.index import IndexConfig, index_shard, write_index
@@ -55,6 +54,7 @@ from framework.data.shards import write_shards
 from framework.data.stream import open_stream
 from framework.data.views import Geometry, ViewConfig
 from framework.local_s3 import s3_server
+from framework.networks import CaptionEncoder, FrameEncoder, Patchifier, TextEmbedder, Tokenizer
 from framework.storage import Store
 from framework.video import decode, encode
 from model_zoo.codecs.identity import IdentityConfig
@@ -72,7 +72,8 @@ STORE_MB = 6144  # of Ray, for either contender that has one
 WARMUP_S = 8.0
 CHECKED_CLIPS = 8
 BUCKET = "bench"
-TOKENIZER = Tokenizer(IdentityConfig(), (1, 16, 16))
+PATCH = (1, 16, 16)
+TOKENIZER = Tokenizer(FrameEncoder(IdentityConfig()), Patchifier(PATCH))
 TOKEN_SIZE = 3 * 16 * 16
 TEXT = ByteTextConfig()
 # Two segments of 24 packs of identity tokens.
@@ -201,10 +202,10 @@ def prepare(folder: Path, stride: int, window_s: float) -> Work:
     store = Store(folder / "clips")
     no_heldout = IndexConfig(heldout_fraction=0.0)
     found = {name: index_shard(store.url, name, no_heldout) for name in shards}
-    write_index(store.url, str(folder / "manifest"), found)
+    write_index(store.url, str(folder / "manifest"), found, no_heldout)
     manifest = read_manifest(str(folder / "manifest"))
     seen = len(range(0, NUM_FRAMES, stride))
-    geometry = Geometry(1, 1, False, TOKENIZER.patch)
+    geometry = Geometry(1, 1, False, PATCH)
     text = TEXT.build()
     recipe = Recipe(
         views=ViewConfig(frames=(seen,), sizes=((SEEN_HEIGHT, SEEN_WIDTH),), fps=FPS / stride),
@@ -275,7 +276,13 @@ def ours(work: Work) -> Iterator[Pack]:
     """The stream of one rank."""
     connect(ClusterConfig(num_cpus=PROCESSES, object_store_mb=STORE_MB))
     plan = Plan(Store(Path(work.folder) / "run"), work.digest)
-    reader = ClipReader(s3_shards(), work.tokenizer, CaptionEncoder(TEXT), TOKEN_SIZE)
+    reader = VideoReader(
+        shards=s3_shards(),
+        token_size=TOKEN_SIZE,
+        exclude=frozenset(),
+        tokenize=work.tokenizer,
+        encode_text=CaptionEncoder(TextEmbedder(TEXT)),
+    )
     keys = {clip_id(s, f"clip-{i:06d}"): i for i, s in clips_of(work)}
     stop = EPOCHS * CLIPS // CLIPS_PER_PACK
     with open_stream(plan, reader, STREAM, 0, stop, 0, 1) as steps:

@@ -25,21 +25,21 @@ import psutil  # type: ignore[import-untyped]
 
 from benchmarks.ingest import FPS, HEIGHT, NUM_FRAMES, WIDTH, render
 from benchmarks.packing import RECIPE, mixture
-from framework.assembly import CaptionEncoder
 from framework.batch import ReadStats
 from framework.cluster import ClusterConfig, connect
-from framework.data.collate import ClipRead, ClipReader
+from framework.data.collate import ClipRead, ClipReader, VideoReader
 from framework.data.config import StreamConfig
 from framework.data.cost import CostModel
 from framework.data.plan import ClipPlan, Plan, make_epoch
 from framework.data.stream import open_stream, segment_steps
 from framework.data.views import Geometry, ViewConfig, choose_views
+from framework.networks import CaptionEncoder, TextEmbedder
 from framework.storage import Store
 from framework.video import decode, encode
 from model_zoo.text.byte import ByteTextConfig
 
 RANKS = (8, 64, 512, 4096)
-TEXT = CaptionEncoder(ByteTextConfig())
+TEXT = ByteTextConfig()
 
 # Assumptions: not measured here.
 VALUES_PER_TOKEN = 64  # 16 channels of stride 4 x 8 x 8, patch 1 x 2 x 2; its codec is not counted
@@ -67,7 +67,7 @@ UNIT_NAMES = ("executor s", "segment", "task")
 
 
 @dataclass(frozen=True)
-class IdleReader(ClipReader):
+class IdleReader(VideoReader):
     """Clips without a store and without decoding: zeros, after a pause for each pack."""
 
     pause_s: float = 0.0
@@ -77,7 +77,13 @@ class IdleReader(ClipReader):
         time.sleep(self.pause_s)
         for clip in clips:
             zeros = np.zeros((clip.tokens, self.token_size), np.float32)
-            yield ClipRead(zeros, "", ReadStats(1))
+            yield ClipRead(zeros, self.empty_text(clip), "", ReadStats(1))
+
+
+def idle_reader(token_size: int, pause_s: float = 0.0) -> IdleReader:
+    """A reader of nothing."""
+    text = CaptionEncoder(TextEmbedder(TEXT))
+    return IdleReader(Store("/"), token_size, frozenset(), no_tokens, text, pause_s)
 
 
 def no_tokens(frames: np.ndarray) -> np.ndarray:
@@ -141,7 +147,7 @@ def tiny_plan(folder: str, ranks: int) -> Plan:
         global_batch_packs=ranks,
     )
     store = Store(folder).child(str(ranks))
-    return make_epoch(mixture(400 * 32), recipe, store, 0, TEXT.num_tokens, "bytes")
+    return make_epoch(mixture(400 * 32), recipe, store, 0, TEXT.build().num_tokens, "bytes")
 
 
 def cpu_by_group() -> Counter[str]:
@@ -172,7 +178,7 @@ def run_streams(actors: list[Any], plan: Plan, setting: Setting, window_s: float
     """All actors at once for a while."""
     import ray
 
-    reader = IdleReader(Store("/"), no_tokens, TEXT, token_size=1, pause_s=setting.pause_s)
+    reader = idle_reader(1, setting.pause_s)
     config = StreamConfig(max_tasks=1, segment_steps=setting.segment_steps, object_store_mb=64)
 
     def done() -> np.ndarray:
@@ -285,7 +291,7 @@ def demand(rates: Rates, pack: Pack, step_time: float, ranks: int) -> dict[str, 
     at_once = ranks * min(1.0, decode_s / (config.max_tasks * step_time))
     nodes = -(-ranks // RANKS_PER_NODE)
     packs_per_s = ranks / step_time
-    reader = IdleReader(Store("/"), no_tokens, TEXT, token_size=VALUES_PER_TOKEN)
+    reader = idle_reader(VALUES_PER_TOKEN)
     segments_per_s = packs_per_s / segment_steps(RECIPE, reader, config, 1)
     units = np.array([1.0, at_once, segments_per_s, packs_per_s])
     by_group = {group: float(cost @ units) for group, cost in rates.cpu_s.items()}

