@@ -211,7 +211,7 @@ class Store:
             raise FileNotFoundError(join_url(self.url, name))
         if not self.is_local:
             with self.open_input(name) as file:
-                if tag := file.metadata().get(b"ETag"):
+                if tag := file.metadata().get("ETag"):
                     return tag.decode()
         return f"{info.size} {info.mtime_ns}"
 

@@ -275,7 +275,8 @@ class MMDiT(nn.Module):
         config, segment_ids = self.config, layout.segment_ids  # (L,)
         backend = backend_for(config.attention, self.embed.weight, tokens.device)
         text_ids = text_segment_ids(layout, text.shape[0])  # (K,)
-        joint, text_segments = join_pack(layout, segment_ids, text_ids, backend)
+        ends = (layout.cu_seqlens, layout.cu_text)
+        joint, (_, text_segments) = join_pack(ends, (segment_ids, text_ids), backend)
         rotation = pack_rotations(layout, config.head_dim, config.rope_theta, config.rope_pairs)
 
         # Both conditions of every clip, t and t = 0; each token takes one of the 2B rows.

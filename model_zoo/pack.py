@@ -3,6 +3,7 @@
 Shapes: B segments, L video tokens, K text tokens.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -78,46 +79,51 @@ def text_segment_ids(layout: Layout, num_text: int) -> Tensor:
 
 @dataclass(frozen=True)
 class JointSequence:
-    """Video and text of a pack as one sequence: each segment's video tokens, then its text tokens.
+    """Tokens of several kinds (video, text, …) as one sequence: a segment's of each kind in turn.
 
     Made once a forward pass, of tensors alone; see `Segments`.
     """
 
     segments: Segments  # of the joint sequence to itself
-    order: Tensor  # (L+K,) int64: which of [video, text] stands at each place
-    video: Tensor  # (L,) int64: the place of each video token
-    text: Tensor  # (K,) int64: the place of each text token
+    order: Tensor  # (J,) int64: which of all tokens, kind after kind, stands at each place
+    places: tuple[Tensor, ...]  # by kind, (n,) int64: the place of each token
 
-    def join(self, video: Tensor, text: Tensor) -> Tensor:
-        """video (L, …), text (K, …) -> (L+K, …)."""
-        return torch.cat([video, text]).index_select(0, self.order)
+    def join(self, *kinds: Tensor) -> Tensor:
+        """(n, …) of each kind -> (J, …)."""
+        return torch.cat(kinds).index_select(0, self.order)
 
-    def split(self, joint: Tensor) -> tuple[Tensor, Tensor]:
-        """The inverse of `join`: (L+K, …) -> (L, …), (K, …)."""
-        return joint.index_select(0, self.video), joint.index_select(0, self.text)
+    def split(self, joint: Tensor) -> tuple[Tensor, ...]:
+        """The inverse of `join`."""
+        return tuple(joint.index_select(0, places) for places in self.places)
 
 
 def join_pack(
-    layout: Layout, segment_ids: Tensor, text_ids: Tensor, backend: AttentionBackend
-) -> tuple[JointSequence, Segments]:
-    """The joint sequence, and the segments of text to text; boundaries are read to the host once.
+    ends: Sequence[Tensor], ids: Sequence[Tensor], backend: AttentionBackend
+) -> tuple[JointSequence, tuple[Segments, ...]]:
+    """The joint sequence, and the segments of each kind to itself.
 
-    segment_ids (L,) and text_ids (K,): the segment of each video and each text token.
+    ends: by kind, (B+1,) offsets of its segments. ids: by kind, (n,) the segment of each token.
+    Boundaries are read to the host once.
     """
-    cu_video, cu_text = layout.cu_seqlens, layout.cu_text  # 2 x (B+1,)
-    num_video, num_text = segment_ids.shape[0], text_ids.shape[0]
-    index = torch.arange(num_video + num_text, device=segment_ids.device)  # (L+K,)
-    # Before a video token stands the text of earlier segments, before a text token also the video
-    # of its own.
-    video = index[:num_video] + cu_text[:-1][segment_ids]  # (L,)
-    text = index[:num_text] + cu_video[1:][text_ids]  # (K,)
-    places = torch.cat([video, text])  # (L+K,)
-    order = torch.empty_like(places).scatter_(0, places, index)
-    ends_video, ends_text = torch.stack([cu_video, cu_text]).tolist()
-    ends = [v + k for v, k in zip(ends_video, ends_text, strict=True)]
-    joint = Segments.of(cu_video + cu_text, cu_video + cu_text, backend, (ends, ends))
-    text_segments = Segments.of(cu_text, cu_text, backend, (ends_text, ends_text))
-    return JointSequence(joint, order, video, text), text_segments
+    places = []
+    for kind, of in enumerate(ids):
+        # Before a token stand those of its kind, and of the other kinds those of earlier segments;
+        # of its own too where the other kind comes first.
+        before = torch.zeros_like(ends[0][:-1], dtype=torch.int64)  # (B,)
+        for other, others in enumerate(ends):
+            if other != kind:
+                before = before + (others[1:] if other < kind else others[:-1])
+        places.append(torch.arange(of.shape[0], device=of.device) + before[of])
+    place = torch.cat(places)  # (J,)
+    order = torch.empty_like(place)
+    order[place] = torch.arange(place.shape[0], device=place.device)
+    joint, host = sum(ends[1:], ends[0]), torch.stack([end.int() for end in ends]).tolist()
+    joint_host = [sum(column) for column in zip(*host, strict=True)]
+    kinds = tuple(
+        Segments.of(end, end, backend, (own, own)) for end, own in zip(ends, host, strict=True)
+    )
+    segments = Segments.of(joint, joint, backend, (joint_host, joint_host))
+    return JointSequence(segments, order, tuple(places)), kinds
 
 
 def both_times(t: Tensor) -> Tensor:
@@ -128,35 +134,3 @@ def both_times(t: Tensor) -> Tensor:
 def condition_rows(layout: Layout, segment_ids: Tensor) -> Tensor:
     """(L,) int64: which of the 2B conditions of `both_times` each video token takes."""
     return segment_ids + layout.grid.shape[0] * layout.given_mask
-
-
-def joint_segments(layout: Layout, backend: AttentionBackend) -> tuple[Segments, Segments]:
-    """Of all tokens of a clip (its time, text and video) to each other, and of text to text."""
-    clips = torch.arange(layout.cu_text.shape[0], device=layout.cu_text.device)
-    joint = layout.cu_seqlens + layout.cu_text + clips.int()  # (B+1,)
-    host_joint, host_text = torch.stack([joint, layout.cu_text]).tolist()
-    return (
-        Segments.of(joint, joint, backend, (host_joint, host_joint)),
-        Segments.of(layout.cu_text, layout.cu_text, backend, (host_text, host_text)),
-    )
-
-
-def joint_places(layout: Layout, num_text: int) -> tuple[Tensor, Tensor]:
-    """Where tokens lie when each clip is one sequence of its time, its text and its video.
-
-    -> (J,) int64: for each place of B + K + L its token, counted through all times, then all texts,
-    then all videos; (L,) int64: the place of each video token.
-    """
-    clips = torch.arange(layout.grid.shape[0], device=layout.grid.device)  # (B,)
-    of_text, of_video = text_segment_ids(layout, num_text), layout.segment_ids  # (K,), (L,)
-    before_video, before_text = layout.cu_seqlens.long(), layout.cu_text.long()  # 2 x (B+1,)
-    # Before a token lie those of its kind, and those of the other kinds in all clips before, or in
-    # its own too where the other kind comes first.
-    time = clips + before_text[:-1] + before_video[:-1]  # (B,)
-    text = torch.arange(num_text, device=clips.device) + before_video[of_text] + of_text + 1  # (K,)
-    video = torch.arange(of_video.shape[0], device=clips.device)
-    video = video + before_text[of_video + 1] + of_video + 1  # (L,)
-    place = torch.cat([time, text, video])  # (J,)
-    order = torch.empty_like(place)
-    order[place] = torch.arange(place.shape[0], device=place.device)
-    return order, video

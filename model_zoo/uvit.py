@@ -36,7 +36,7 @@ from model_zoo.layers import (
     head_dim,
     sinusoidal_embedding,
 )
-from model_zoo.pack import backend_for, joint_places, joint_segments, text_segment_ids
+from model_zoo.pack import backend_for, join_pack, text_segment_ids
 from model_zoo.protocols import Layout
 from model_zoo.sincos import pack_sincos
 from model_zoo.text_stem import build_text_stem, stem_weights
@@ -148,22 +148,24 @@ class UViT(nn.Module):
         """tokens (L, P), t (B,), layout, text (K,) or (K, text_dim) -> (L, P) float32."""
         width, num_skips = self.config.width, self.config.num_skips
         backend = backend_for(self.config.attention, self.embed.weight, tokens.device)
-        segments, text_segments = joint_segments(layout, backend)
-        order, video = joint_places(layout, text.shape[0])  # (J,), (L,)
+        text_ids = text_segment_ids(layout, text.shape[0])  # (K,)
+        clips = torch.arange(t.shape[0] + 1, device=t.device)  # (B+1,): a clip has one time token
+        ends = (clips, layout.cu_text, layout.cu_seqlens)
+        ids = (clips[:-1], text_ids, layout.segment_ids)
+        joint, (_, text_segments, _) = join_pack(ends, ids, backend)
 
         time = sinusoidal_embedding(1000 * t, width)  # (B, D)
-        text = self.text_stem(
-            text, text_segments, text_segment_ids(layout, text.shape[0])
-        )  # (K, D)
+        text = self.text_stem(text, text_segments, text_ids)  # (K, D)
         x = self.embed(tokens.to(self.embed.weight.dtype))  # (L, D)
         given = layout.given_mask[:, None] * self.given  # (L, D)
         x = (x + given + pack_sincos(layout, width)).to(x.dtype)
-        x = torch.cat([time.to(x.dtype), text.to(x.dtype), x]).index_select(0, order)  # (J, D)
+        x = joint.join(time.to(x.dtype), text.to(x.dtype), x)  # (J, D)
 
         skips: list[Tensor] = []
         for i, block in enumerate(self.blocks):
             shallow = skips.pop() if i > num_skips else None
-            x = self.checkpointing.run(block, i, x, shallow, segments)
+            x = self.checkpointing.run(block, i, x, shallow, joint.segments)
             if i < num_skips:
                 skips.append(x)
-        return self.out(self.norm(x.index_select(0, video))).float()  # (L, P)
+        _, _, video = joint.split(x)  # (L, D)
+        return self.out(self.norm(video)).float()  # (L, P)

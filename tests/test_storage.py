@@ -7,6 +7,7 @@ import pytest
 
 from framework import storage
 from framework.data.index import IndexConfig, index_shard, write_index
+from framework.data.listing import list_units
 from framework.data.manifest import read_manifest
 from framework.data.shards import read_members, write_shards
 from framework.storage import Store, join_url, normalize_url, with_retries
@@ -123,6 +124,51 @@ def test_an_index_on_a_store(store):
         data = Store(manifest.shards_url).read_range(row["shard"], row["offset"], row["size_bytes"])
         assert data == samples[int(row["key"][1:])]["mp4"]
         assert row["captions"] == [f"caption {row['key'][1:]}"]
+
+
+def test_a_version_changes_with_the_object_alone(store):
+    store.write("x", b"one")
+    store.write("y", b"one")
+    first = store.version("x")
+    assert store.version("x") == first
+    store.write("y", b"two")
+    assert store.version("x") == first
+    store.write("x", b"two")
+    assert store.version("x") != first
+    with pytest.raises(FileNotFoundError):
+        store.version("none")
+
+
+def test_a_name_may_be_a_url(store, tmp_path):
+    store.write("a/x", b"here")
+    elsewhere = Store(tmp_path / "elsewhere")
+    elsewhere.write("b/x", b"there")
+    for name, content in (("a/x", b"here"), (f"{elsewhere.url}/b/x", b"there")):
+        where, inside = store.at(name)
+        assert where.read_range(inside, 0, len(content)) == content
+
+
+def test_loose_files_and_large_clips_of_a_store(store):
+    """By table, and by range: the same rows as from whole files."""
+    rng = np.random.default_rng(0)
+    large = encode(rng.integers(0, 255, (24, 160, 240, 3), np.uint8), 8.0, crf=5)
+    assert len(large) > 600 << 10
+    store.write("files/large.mp4", large)
+    store.write("files/clips.csv", b"path,caption,motion\nlarge.mp4,noise,0.5\n")
+    root, units = list_units(store.child("files").url + "/clips.csv")
+    rows = []
+    for checksum in (False, True):
+        config = IndexConfig(checksum=checksum)
+        found = {unit.name: unit.index(root, config) for unit in units}
+        assert units[0].made_of(root, config) == units[0].made_of(root, config)
+        url = store.child(f"manifest-{checksum}").url
+        assert write_index(root, url, found, config).problems == ()
+        rows += read_manifest(url).table.to_pylist()
+    assert rows[0]["checked_bytes"] < rows[1]["checked_bytes"] == len(large)
+    same = ("clip_id", "num_frames", "fps", "height", "width", "captions", "motion", "size_bytes")
+    assert [rows[0][name] for name in same] == [rows[1][name] for name in same]
+    where, name = Store(root).at(rows[0]["shard"])
+    assert where.read_range(name, rows[0]["offset"], rows[0]["size_bytes"]) == large
 
 
 def test_s3_lies_where_the_url_says(s3_store):

@@ -8,7 +8,9 @@ GRIDS, TEXT = [(2, 1, 3), (0, 0, 0), (1, 2, 2), (1, 1, 1)], [2, 3, 0, 4]
 def test_the_joint_sequence_equals_a_naive_loop(make_pack) -> None:
     pack = make_pack(GRIDS, TEXT, 1, text_dim=1, padding=(2, 1))
     text_ids = text_segment_ids(pack, pack.text.shape[0])
-    joint, text_segments = join_pack(pack, pack.segment_ids, text_ids, "sdpa")
+    joint, (_, text_segments) = join_pack(
+        (pack.cu_seqlens, pack.cu_text), (pack.segment_ids, text_ids), "sdpa"
+    )
     pieces, lengths = [], [0]
     for b in range(pack.num_segments):
         pieces.append(pack.tokens[pack.cu_seqlens[b] : pack.cu_seqlens[b + 1]])
