@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from model_zoo.attention import Segments, check_backend_name
+from model_zoo.attention import Segments
 from model_zoo.flops import Work
 from model_zoo.layers import (
     CheckpointPolicy,
@@ -33,6 +33,7 @@ from model_zoo.layers import (
     add_gated,
     check_choice,
     check_positive,
+    check_shared,
     head_dim,
     modulate,
     sinusoidal_embedding,
@@ -91,13 +92,8 @@ class DiTConfig:
     def __post_init__(self) -> None:
         check_positive(self, "width", "ffn", "num_heads", "depth", "text_max_length")
         axis_pairs(self.head_dim)
-        if min(self.patch) < 1:
-            raise ValueError(f"patch={self.patch} must be at least 1 in time, height and width")
-        if self.text_depth < 0:
-            raise ValueError(f"text_depth={self.text_depth} must not be negative")
+        check_shared(self)
         check_choice("qk_norm", self.qk_norm, QKNormOver)
-        check_choice("gelu", self.gelu, Gelu)
-        check_backend_name(self.attention)
         check_choice("attention_span", self.attention_span, AttentionSpan)
 
     @property

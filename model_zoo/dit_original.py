@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model_zoo.attention import Segments, check_backend_name
+from model_zoo.attention import Segments
 from model_zoo.flops import Work
 from model_zoo.layers import (
     CheckpointPolicy,
@@ -28,8 +28,8 @@ from model_zoo.layers import (
     Linear,
     SelfAttention,
     add_gated,
-    check_choice,
     check_positive,
+    check_shared,
     head_dim,
     modulate,
     sinusoidal_embedding,
@@ -76,12 +76,7 @@ class OriginalDiTConfig:
         head_dim(self.width, self.num_heads)
         if self.width % 4:
             raise ValueError(f"width={self.width} must be divisible by 4: sines, cosines, two axes")
-        if min(self.patch) < 1:
-            raise ValueError(f"patch={self.patch} must be at least 1 in time, height and width")
-        if self.text_depth < 0:
-            raise ValueError(f"text_depth={self.text_depth} must not be negative")
-        check_choice("gelu", self.gelu, Gelu)
-        check_backend_name(self.attention)
+        check_shared(self)
 
     def build(self, token_size: int, text_vocab: int | None, text_dim: int | None) -> "OriginalDiT":
         """The model, on torch's default device, for tokens of `token_size` values.

@@ -14,7 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from model_zoo.attention import ATTENTION_OPERATORS, Segments, packed_attention
+from model_zoo.attention import (
+    ATTENTION_OPERATORS,
+    Segments,
+    check_backend_name,
+    packed_attention,
+)
 from model_zoo.rope import rotate
 
 CheckpointMode = Literal["none", "full", "every_k", "selective"]
@@ -260,6 +265,16 @@ def check_positive(config: Any, *names: str) -> None:
     for name in names:
         if getattr(config, name) < 1:
             raise ValueError(f"{name}={getattr(config, name)} must be at least 1")
+
+
+def check_shared(config: Any) -> None:
+    """ValueError where a field that every model's config has is out of its range."""
+    if min(config.patch) < 1:
+        raise ValueError(f"patch={config.patch} must be at least 1 in time, height and width")
+    if config.text_depth < 0:
+        raise ValueError(f"text_depth={config.text_depth} must not be negative")
+    check_choice("gelu", config.gelu, Gelu)
+    check_backend_name(config.attention)
 
 
 def head_dim(width: int, num_heads: int) -> int:

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model_zoo.attention import check_backend_name, packed_attention
+from model_zoo.attention import packed_attention
 from model_zoo.flops import Work
 from model_zoo.layers import (
     CheckpointPolicy,
@@ -30,8 +30,8 @@ from model_zoo.layers import (
     Modulation,
     QKNorm,
     add_gated,
-    check_choice,
     check_positive,
+    check_shared,
     head_dim,
     modulate,
     sinusoidal_embedding,
@@ -86,12 +86,7 @@ class MMDiTConfig:
             raise ValueError(
                 f"rope_axes={self.rope_axes} must be even and add up to head_dim={self.head_dim}"
             )
-        if min(self.patch) < 1:
-            raise ValueError(f"patch={self.patch} must be at least 1 in time, height and width")
-        if self.text_depth < 0:
-            raise ValueError(f"text_depth={self.text_depth} must not be negative")
-        check_choice("gelu", self.gelu, Gelu)
-        check_backend_name(self.attention)
+        check_shared(self)
 
     @property
     def head_dim(self) -> int:

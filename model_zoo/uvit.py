@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from model_zoo.attention import Segments, check_backend_name
+from model_zoo.attention import Segments
 from model_zoo.flops import Work
 from model_zoo.layers import (
     CheckpointPolicy,
@@ -31,8 +31,8 @@ from model_zoo.layers import (
     Gelu,
     Linear,
     SelfAttention,
-    check_choice,
     check_positive,
+    check_shared,
     head_dim,
     sinusoidal_embedding,
 )
@@ -69,12 +69,7 @@ class UViTConfig:
             raise ValueError(f"width={self.width} must be divisible by 4: sines, cosines, two axes")
         if self.depth % 2 == 0:
             raise ValueError(f"depth={self.depth} must be odd; try {self.depth + 1}")
-        if min(self.patch) < 1:
-            raise ValueError(f"patch={self.patch} must be at least 1 in time, height and width")
-        if self.text_depth < 0:
-            raise ValueError(f"text_depth={self.text_depth} must not be negative")
-        check_choice("gelu", self.gelu, Gelu)
-        check_backend_name(self.attention)
+        check_shared(self)
 
     @property
     def num_skips(self) -> int:
