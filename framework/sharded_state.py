@@ -3,19 +3,18 @@
     state/rank-00000-000.bin   tensors as raw bytes
     state/index.json           which bytes are which part of which tensor
 
-Every tensor is 1-D and in as many parts as there were ranks; `torch.distributed.checkpoint` plans
-who writes and who reads what, so that any number of ranks can load what any other number saved, and
-each reads only its bytes. Nothing is ever unpickled. Whether these files count is for
-`framework.checkpoint` to say.
+Every tensor is 1-D and cut anywhere, each rank holding a `Piece` or the whole;
+`torch.distributed.checkpoint` plans who writes and who reads what, so that any number of ranks can
+load what any other number saved, and each reads only its bytes. Nothing is ever unpickled. Whether
+these files count is for `framework.checkpoint` to say.
 
 Invariant: the index is written last and names each file with its size and checksum.
 """
 
-import contextlib
 import hashlib
 import json
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +35,9 @@ from torch.distributed.checkpoint.planner import (
     ReadItem,
     SavePlan,
     SavePlanner,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
 )
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
@@ -50,7 +52,7 @@ PART_BYTES = 256 << 20
 READ_BYTES = 64 << 20
 
 
-def checksum(data: bytes) -> str:
+def checksum(data: bytes | memoryview) -> str:
     """128 bits of BLAKE2b, as hex; against torn and altered files, not against an enemy."""
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
@@ -67,30 +69,60 @@ def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
     return {f"buffers.{name}": b for name, b in model.named_buffers() if name in saved}
 
 
+@dataclass(frozen=True)
+class Piece:
+    """What a rank holds of a 1-D tensor of `numel` values: those from `start` on, maybe none.
+
+    The pieces of the ranks do not overlap and leave nothing out. The two methods are the protocol
+    by which `torch.distributed.checkpoint` asks an object for its part of a tensor.
+    """
+
+    values: Tensor
+    start: int
+    numel: int
+
+    def __create_write_items__(self, name: str, _: object) -> list[WriteItem]:
+        return [
+            WriteItem(
+                MetadataIndex(name, chunk.offsets),
+                WriteItemType.SHARD,
+                tensor_data=TensorWriteData(
+                    chunk,
+                    TensorProperties(dtype=self.values.dtype),
+                    torch.Size([self.numel]),
+                ),
+            )
+            for chunk in self.__create_chunk_list__()
+        ]
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        size = self.values.numel()
+        return [ChunkStorageMetadata(torch.Size([self.start]), torch.Size([size]))] if size else []
+
+
 def save_state(
-    state: Mapping[str, Tensor],
+    state: Mapping[str, Tensor | Piece],
     shapes: Mapping[str, Sequence[int]],
     store: Store,
     group: distributed.ProcessGroup | None = None,
 ) -> None:
-    """Write 1-D tensors, plain or `DTensor`, below `state/` of `store`; all ranks call it together.
+    """Write 1-D tensors, whole or in pieces, below `state/` of `store`; all ranks call it together.
 
     `shapes`: real shapes of the model's tensors by name, which a load compares with its own.
     `group`: of ranks, with a CPU backend; the default group where it is None. When it returns on
     rank 0, every rank has written.
     """
-    planner = dcp.DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    with _quiet():
-        dcp.save(
-            dict(state),
-            storage_writer=_StoreWriter(store, shapes),
-            planner=planner,
-            process_group=group,
-        )
+    _silence_single_process()
+    dcp.save(
+        dict(state),
+        storage_writer=_StoreWriter(store, shapes),
+        planner=_SavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+        process_group=group,
+    )
 
 
 def load_state(
-    state: Mapping[str, Tensor],
+    state: Mapping[str, Tensor | Piece],
     shapes: Mapping[str, Sequence[int]],
     store: Store,
     group: distributed.ProcessGroup | None = None,
@@ -103,20 +135,19 @@ def load_state(
     """
     reader = _StoreReader(store)
     _check_shapes(reader.index, state, shapes, store.url)
-    planner = dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    with _quiet():
-        dcp.load(
-            dict(state),
-            storage_reader=reader,
-            planner=planner,
-            process_group=group,
-            no_dist=alone,
-        )
+    _silence_single_process()
+    dcp.load(
+        dict(state),
+        storage_reader=reader,
+        planner=_LoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+        process_group=group,
+        no_dist=alone,
+    )
 
 
 def _check_shapes(
     index: dict[str, Any],
-    state: Mapping[str, Tensor],
+    state: Mapping[str, Tensor | Piece],
     shapes: Mapping[str, Sequence[int]],
     url: str,
 ) -> None:
@@ -133,12 +164,30 @@ def _check_shapes(
         raise ValueError(f"{url} does not hold {missing[0]} and {len(missing) - 1} more tensors")
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        # One process without a process group is a supported case, not an accident.
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
+def _silence_single_process() -> None:
+    # One process without a process group is a supported case, not an accident. For good, because
+    # `catch_warnings` is not for threads, and a checkpoint may be written by one.
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+
+
+class _SavePlanner(dcp.DefaultSavePlanner):
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        return _values(self.state_dict[index.fqn])
+
+
+class _LoadPlanner(dcp.DefaultLoadPlanner):
+    def set_up_planner(
+        self, state_dict: Any, metadata: Metadata | None = None, is_coordinator: bool = False
+    ) -> None:  # the default one drops what it does not know
+        self.state_dict, self.metadata = state_dict, metadata
+        self.is_coordinator = is_coordinator
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        return _values(self.state_dict[index.fqn])
+
+
+def _values(value: Tensor | Piece) -> Tensor:
+    return value.values if isinstance(value, Piece) else value
 
 
 @dataclass(frozen=True)
@@ -173,18 +222,19 @@ class _StoreWriter(StorageWriter):
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         results: list[WriteResult] = []
-        parts: list[tuple[MetadataIndex, memoryview]] = []
+        parts: list[tuple[MetadataIndex, Tensor]] = []
         num_files, waiting = 0, 0
 
         def flush() -> None:
             nonlocal num_files, waiting
             name = f"state/rank-{plan.storage_data:05d}-{num_files:03d}.bin"
-            data = b"".join(part for _, part in parts)
+            # By torch, for it lets other threads run meanwhile.
+            data = torch.cat([part for _, part in parts]).numpy().data
             self.store.write(name, data)
             file, offset = _File(name, len(data), checksum(data)), 0
             for index, part in parts:
-                results.append(WriteResult(index, len(part), (file, offset)))
-                offset += len(part)
+                results.append(WriteResult(index, part.numel(), (file, offset)))
+                offset += part.numel()
             parts.clear()
             num_files, waiting = num_files + 1, 0
 
@@ -192,7 +242,7 @@ class _StoreWriter(StorageWriter):
             tensor = planner.resolve_data(item)
             assert isinstance(tensor, Tensor)
             raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            parts.append((item.index, raw.numpy().data))
+            parts.append((item.index, raw))
             waiting += raw.numel()
             if waiting >= PART_BYTES:
                 flush()

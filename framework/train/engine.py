@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from framework.storage import Store
+from framework.train.snapshot import Snapshot
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # What is kept of each parameter, in float32. A checkpoint holds it as `<kind>.<parameter name>`.
@@ -25,7 +26,8 @@ class StepStats:
     """What an optimizer step was.
 
     `grad_norm`: L2 norm of the averaged gradient before clipping; infinite where it was not a
-    number, and then nothing was updated. `lr`: the learning rate of the step.
+    number, and then nothing was updated; nan where nobody asked, after `skip`. `lr`: the learning
+    rate of the step.
     """
 
     grad_norm: float
@@ -48,8 +50,20 @@ class Engine(Protocol):
         """Clip, update weights and EMA at this step's learning rate, forget the gradient."""
         ...
 
+    def skip(self) -> StepStats:
+        """Instead of `step`: count the step and forget its gradient, without an update."""
+        ...
+
+    def snapshot(self) -> Snapshot:
+        """Copy the whole training state to the CPU; its `write` may go on beside training.
+
+        Each rank calls `write` once, from any thread. Before all of it is written there is no
+        second snapshot, no `save` and no `load`: AssertionError.
+        """
+        ...
+
     def save(self, store: Store) -> None:
-        """Write the whole training state below `state/` of a checkpoint's folder."""
+        """What `snapshot().write(store)` does, without the copy."""
         ...
 
     def load(self, store: Store) -> None:
@@ -58,6 +72,10 @@ class Engine(Protocol):
 
     def full_state(self, which: str = "weights") -> dict[str, Tensor]:
         """The float32 "weights" or their "ema", whole, on the CPU of rank 0; empty elsewhere."""
+        ...
+
+    def weight_norm(self) -> float:
+        """L2 norm of all float32 weights as one vector, on every rank."""
         ...
 
 
@@ -97,6 +115,12 @@ def checkpoint_group() -> distributed.ProcessGroup | None:
     if not distributed.is_initialized():
         return None
     return distributed.new_group(backend="gloo")
+
+
+def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
+    """() float64: the squares of all values, added up."""
+    norms = torch.stack(torch._foreach_norm(list(tensors)))
+    return norms.double().square().sum()
 
 
 def silence_renamed_collectives() -> None:

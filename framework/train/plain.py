@@ -4,6 +4,7 @@ Gradients are summed locally over the calls of `backward` and averaged over the 
 one all-reduce. With one rank no process group is needed.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,8 +20,10 @@ from framework.train.engine import (
     StepStats,
     checkpoint_group,
     create_adam_state,
+    sum_of_squares,
 )
 from framework.train.optimizer import AdamWConfig
+from framework.train.snapshot import Snapshot
 
 
 @dataclass(frozen=True)
@@ -57,9 +60,10 @@ class PlainEngine:
         self.optimizer_config = optimizer
         self.num_steps = num_steps
         self.progress = Progress()
-        self.group = checkpoint_group()
+        self.group = checkpoint_group()  # for collectives of `save` and `load`
         self.dp_size = distributed.get_world_size() if distributed.is_initialized() else 1
         self.shapes = shapes_of(model)
+        self._snapshot = Snapshot(self.shapes, self.group)
         self.params = dict(model.named_parameters())
         if self.dp_size > 1:
             for parameter in self.params.values():
@@ -103,6 +107,13 @@ class PlainEngine:
         self.progress.steps += 1
         return StepStats(float(norm) if torch.isfinite(norm) else float("inf"), lr)
 
+    def skip(self) -> StepStats:
+        """The rate of the step that was not made, and no norm: it would cost the all-reduce."""
+        self.optimizer.zero_grad()
+        lr = self.optimizer_config.lr_at(self.progress.steps, self.num_steps)
+        self.progress.steps += 1
+        return StepStats(math.nan, lr)
+
     def _average_gradients(self, grads: list[Tensor]) -> None:
         if self.dp_size == 1:
             return
@@ -111,12 +122,18 @@ class PlainEngine:
         for grad, average in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
             grad.copy_(average.view_as(grad))
 
+    def snapshot(self) -> Snapshot:
+        """Every rank copies everything; when it is written, they share the tensors out."""
+        return self._snapshot.take(self._state(self.progress.as_tensor()))
+
     def save(self, store: Store) -> None:
         """Write the state once, whatever the number of ranks: they share the tensors out."""
+        self._snapshot.check_written()
         save_state(self._state(self.progress.as_tensor()), self.shapes, store, self.group)
 
     def load(self, store: Store) -> None:
         """Every rank reads everything."""
+        self._snapshot.check_written()
         progress = self.progress.as_tensor()
         load_state(self._state(progress), self.shapes, store, self.group)
         self.progress = Progress.from_tensor(progress)
@@ -129,6 +146,10 @@ class PlainEngine:
             return {}
         kept = self.ema if which == "ema" else {n: p.detach() for n, p in self.params.items()}
         return {name: tensor.cpu().clone() for name, tensor in kept.items()}
+
+    def weight_norm(self) -> float:
+        """Without communication: every rank holds all weights."""
+        return sum_of_squares([p.detach() for p in self.params.values()]).sqrt().item()
 
     def _state(self, progress: Tensor) -> dict[str, Tensor]:
         state = {"progress": progress}

@@ -8,6 +8,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -120,15 +123,38 @@ def gradients(engine: Any) -> dict[str, Tensor]:
     return found
 
 
+class Gate(Store):
+    """A store that writes nothing before it is open."""
+
+    def __init__(self, url: Path) -> None:
+        super().__init__(url)
+        self.is_open = threading.Event()
+
+    def write(self, name: str, data: Any) -> None:
+        assert self.is_open.wait(timeout=200)
+        super().write(name, data)
+
+
+def refuses(action: Callable[[], Any], error: type[Exception] = AssertionError) -> bool:
+    try:
+        action()
+    except error:
+        return True
+    return False
+
+
 def job_train(rank: int, world: int, folder: Path) -> Any:
     """Train both engines and save on the way."""
     result: dict[str, Any] = {}
     for kind in CONFIGS:
         engine = build(kind)
         grads, rows, weights, emas = [], [], [engine.full_state()], [engine.full_state("ema")]
+        norms, gate = [engine.weight_norm()], Gate(folder / f"{kind}-{world}-snapshot")
         for step in range(STEPS):
             if step == SAVED:
                 engine.save(Store(folder / f"{kind}-{world}"))
+                writing = threading.Thread(target=engine.snapshot().write, args=(gate,))
+                writing.start()  # and training goes on
             loss = loss_of_step(engine, step, rank, world)
             if step < 2:
                 grads.append(gradients(engine))
@@ -136,7 +162,13 @@ def job_train(rank: int, world: int, folder: Path) -> Any:
             rows.append((loss, stats.grad_norm, stats.lr))
             weights.append(engine.full_state())
             emas.append(engine.full_state("ema"))
+            norms.append(engine.weight_norm())
+        early = [refuses(engine.snapshot), refuses(partial(engine.save, gate))]
+        gate.is_open.set()
+        writing.join()
+        engine.snapshot().write(Store(folder / f"{kind}-{world}-end"))
         result[kind] = {"grads": grads, "rows": rows, "weights": weights, "emas": emas}
+        result[kind] |= {"norms": norms, "early": early}
     return result
 
 
@@ -155,6 +187,10 @@ def job_resume(rank: int, world: int, folder: Path) -> Any:
     # Back in time, in the same process: no gathered copy of the weights may survive.
     engine.load(Store(folder / f"{kind}-{world}"))
     result["again"] = {"rows": train(engine, range(SAVED, STEPS), rank, world)}
+    for kind in CONFIGS:
+        engine = build(kind)
+        engine.load(Store(folder / f"{kind}-{world}-snapshot"))
+        result[kind]["snapshot"] = train(engine, range(SAVED, STEPS), rank, world)
     return result
 
 
@@ -180,6 +216,12 @@ def job_odd(rank: int, world: int, folder: Path) -> Any:
         stats = engine.step()
         result[kind] = {"stats": stats.__dict__, "before": before, "after": engine.full_state()}
         result[kind]["rows"] = train(engine, range(1, 3), rank, world)
+        before = engine.full_state()
+        loss_of_step(engine, 3, rank, world)
+        stats = engine.skip()
+        result[kind]["skip"] = {"stats": stats.__dict__, "progress": dict(vars(engine.progress))}
+        result[kind]["skip"] |= {"before": before, "after": engine.full_state()}
+        result[kind]["rows"] += train(engine, range(4, 5), rank, world)
     bf16 = build("zero", dtype="bf16")
     result["bf16"] = {"initial": bf16.full_state()}
     result["bf16"]["rows"] = train(bf16, range(STEPS), rank, world)
@@ -383,6 +425,43 @@ def test_each_rank_writes_its_part_of_each_tensor(ranks: Ranks) -> None:
         total = 4 * len(KINDS) * sum(p.numel() for p in make_model().parameters()) + 16 + 12
         assert sum(sizes) == total  # nothing twice
         assert min(sizes) > 0.4 * total
+
+
+@pytest.mark.parametrize("world", WORLDS[:3])
+def test_a_snapshot_is_of_its_step_however_long_it_takes_to_write(ranks: Ranks, world: int) -> None:
+    found = ranks.run("train", world)
+    for kind in CONFIGS:
+        assert all_equal(ranks.saved(f"{kind}-{world}-snapshot"), ranks.saved(f"{kind}-{world}"))
+        assert found[kind]["early"] == [True, True]
+        end = ranks.saved(f"{kind}-{world}-end")  # the second, in the buffers of the first
+        for name, weight in found[kind]["weights"][-1].items():
+            assert torch.equal(end[f"weights.{name}"], weight.view(-1))
+        assert end["progress"].tolist() == [STEPS, STEPS]
+
+
+def test_training_through_a_save_is_equal_to_the_bit_to_training_from_it(ranks: Ranks) -> None:
+    through, resumed = ranks.run("train", 2), ranks.run("resume", 2)
+    for kind in CONFIGS:
+        assert resumed[kind]["snapshot"] == through[kind]["rows"][SAVED:]
+
+
+def test_weight_norm_is_that_of_all_weights_as_one_vector(ranks: Ranks) -> None:
+    found = ranks.run("train", 2)
+    for kind in CONFIGS:
+        for norm, weights in zip(found[kind]["norms"], found[kind]["weights"], strict=True):
+            vector = torch.cat([w.double().view(-1) for w in weights.values()])
+            assert norm == pytest.approx(vector.norm().item(), rel=1e-6)
+
+
+def test_a_skipped_step_counts_and_leaves_no_gradient(ranks: Ranks) -> None:
+    found = ranks.run("odd", 2)
+    for kind in CONFIGS:
+        skip = found[kind]["skip"]
+        assert math.isnan(skip["stats"]["grad_norm"])
+        assert skip["stats"]["lr"] == OPTIMIZER.lr_at(3, STEPS)
+        assert skip["progress"] == {"steps": 4, "updates": 2}
+        assert all_equal(skip["after"], skip["before"])
+    assert_rows_close(found["zero"]["rows"], found["plain"]["rows"])  # the last is of step 4
 
 
 def test_a_step_that_is_not_a_number_changes_nothing(ranks: Ranks) -> None:
