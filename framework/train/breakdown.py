@@ -1,7 +1,7 @@
 """The loss by noise level and by source, as means over the loss-bearing tokens of a window.
 
 Sums are kept on the device: adding a pack makes the step wait for nothing. At a window's end `take`
-moves them over, in one transfer; the caller sums them over ranks, and `metrics` names the quotients.
+fetches them in one transfer; the caller sums them over ranks, and `metrics` names the quotients.
 
 Shapes: B segments, S sums: one for each bin of t, one for each source, one for what has neither.
 """
