@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 
 MARKER = "COMMITTED"
 META = "meta.json"
+REFUSED = "REFUSED"
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class Checkpoints:
             if name not in files and name != MARKER and not name.endswith(".tmp"):
                 data = folder.read(name)
                 files[name] = [len(data), checksum(data)]
-        problem = _find_problem(folder, files, with_checksums=False)
+        problem = _find_problem(folder, files, None)
         if problem:
             raise OSError(f"checkpoint {folder.url} cannot be committed: {problem}")
         folder.write(MARKER, json.dumps({"format": FORMAT, "files": files}).encode())
@@ -87,18 +88,25 @@ class Checkpoints:
             if name.startswith("step-") and name.endswith(f"/{MARKER}") and name.count("/") == 1
         )
 
-    def get(self, step: int, with_checksums: bool = False) -> Checkpoint:
+    def get(self, step: int, share: tuple[int, int] | None = None) -> Checkpoint:
         """The checkpoint of `step`; ValueError, saying why, where it is not committed or not whole.
 
-        `with_checksums` reads every file, to find one that was altered in place.
+        `share` (r, W) reads every W-th file from the r-th on, to find one that was altered in
+        place; (0, 1) reads all.
         """
-        return _open(self.folder(step), with_checksums)
+        return _open(self.folder(step), share)
 
-    def latest(self, with_checksums: bool = False) -> Checkpoint | None:
+    def refuse(self, step: int, why: str) -> None:
+        """Let the checkpoint of `step` count no more; its files stay, the reason beside them."""
+        folder = self.folder(step)
+        folder.write(REFUSED, why.encode())
+        folder.delete(MARKER)
+
+    def latest(self, share: tuple[int, int] | None = None) -> Checkpoint | None:
         """The newest whole checkpoint; a torn or altered one is skipped with a warning."""
         for step in reversed(self.committed_steps()):
             try:
-                return self.get(step, with_checksums)
+                return self.get(step, share)
             except ValueError as error:
                 log.warning("skipping a checkpoint: %s", error)
         return None
@@ -140,7 +148,7 @@ def find_checkpoint(store: Store, which: str | int) -> Checkpoint:
         if int(which) not in (steps := checkpoints.committed_steps()):
             raise ValueError(f"checkpoint={which} is not in {store.url}; there are {steps}")
         return checkpoints.get(int(which))
-    return _open(Store(str(which)), with_checksums=False)
+    return _open(Store(str(which)), None)
 
 
 def load_weights(checkpoint: Checkpoint, model: nn.Module, which: str = "ema") -> None:
@@ -165,12 +173,12 @@ def _name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def _open(folder: Store, with_checksums: bool) -> Checkpoint:
+def _open(folder: Store, share: tuple[int, int] | None) -> Checkpoint:
     try:
         files = json.loads(folder.read(MARKER))["files"]
     except (FileNotFoundError, ValueError, KeyError) as error:
         raise ValueError(f"{folder.url} is not a committed checkpoint") from error
-    problem = _find_problem(folder, files, with_checksums)
+    problem = _find_problem(folder, files, share)
     if problem:
         raise ValueError(f"{folder.url} is not whole: {problem}")
     meta = json.loads(folder.read(META))
@@ -178,16 +186,18 @@ def _open(folder: Store, with_checksums: bool) -> Checkpoint:
 
 
 def _find_problem(
-    folder: Store, files: Mapping[str, Sequence[Any]], with_checksums: bool
+    folder: Store, files: Mapping[str, Sequence[Any]], share: tuple[int, int] | None
 ) -> str | None:
-    """The first file that is not there, not in full, or (`with_checksums`) not as written."""
-    for name, (size_bytes, digest) in files.items():
+    """The first file that is not there, not in full, or, of the share, not as written."""
+    first, stride = share or (len(files), 1)
+    for number, (name, (size_bytes, digest)) in enumerate(files.items()):
         try:
             found = folder.size(name)
         except FileNotFoundError:
             return f"{name} is missing"
         if found != size_bytes:
             return f"{name} has {found} bytes, {size_bytes} were written"
-        if with_checksums and checksum(folder.read(name)) != digest:
+        is_ours = number >= first and (number - first) % stride == 0
+        if is_ours and checksum(folder.read(name)) != digest:
             return f"{name} was altered (its checksum differs)"
     return None

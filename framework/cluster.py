@@ -1,6 +1,7 @@
 """Where a run computes: a Ray cluster that stands, or one started here for the run."""
 
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,21 +12,32 @@ class ClusterConfig:
 
     `address` None takes `$RAY_ADDRESS` (which `ray job submit` sets) and else starts Ray on this
     machine, with `num_cpus` logical CPUs: train workers and decode tasks are counted against them.
+
+    `num_workers`: data-parallel ranks, or [min, max] of them: as many as there is room for, fewer
+    when nodes go and more when they come, with the same global batches.
     """
 
     address: str | None = None
-    num_workers: int = 1  # data-parallel ranks
+    num_workers: int | tuple[int, int] = 1
     gpus_per_worker: int = 0
     cpus_per_worker: float = 1.0
     threads_per_worker: int = 1  # of torch, on CPU
-    max_failures: int = 3  # restarts of the worker group before the run is given up
+    max_failures: int = 3  # restarts in a row, with no checkpoint between, before giving up
+    wait_for_room_s: float = 600.0  # for nodes that the fewest workers need, before giving up
+    grow_after_s: float = 60.0  # training goes on for so long before it is stopped for more workers
     num_cpus: int | None = None
     object_store_mb: int = 1024
 
     def __post_init__(self) -> None:
-        for name in ("num_workers", "threads_per_worker"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if not 1 <= self.min_workers <= self.max_workers:
+            raise ValueError(
+                f"num_workers={self.num_workers} must be at least 1, or [min, max] with min <= max"
+            )
+        if self.threads_per_worker < 1:
+            raise ValueError(f"threads_per_worker={self.threads_per_worker} must be at least 1")
+        for name in ("wait_for_room_s", "grow_after_s"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
         if self.gpus_per_worker not in (0, 1):
             raise ValueError(
                 f"gpus_per_worker={self.gpus_per_worker}: a rank drives one GPU, or none on CPU"
@@ -33,12 +45,26 @@ class ClusterConfig:
         if self.max_failures < 0:
             raise ValueError(f"max_failures={self.max_failures} must not be negative")
 
+    @property
+    def min_workers(self) -> int:
+        """The fewest ranks that the run trains on."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        """The most ranks that the run trains on."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
+
 
 def connect(config: ClusterConfig) -> None:
     """Connect this process to Ray, or start it; does nothing where it is connected already."""
     # Ray reads these at import; a value that the user set stays.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # a death is noticed sooner
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "180")
+    # The driver itself looks for nodes that go, see `leaving_nodes`: an actor less.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     # torch reads this when it first allocates. Without huge pages it faults in each large tensor by
     # pages of 4 KiB: of the tokens of a 640x360 clip of 4 s, three quarters of the time.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
@@ -52,8 +78,6 @@ def connect(config: ClusterConfig) -> None:
         return
     # A file ~/.ray/auth_token would turn authentication on by itself; say the mode.
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-    # Nobody takes this machine's only node away with notice: a process less.
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     ray.init(
         address="local",
         num_cpus=config.num_cpus,
@@ -105,6 +129,30 @@ def num_nodes() -> int:
     return sum(bool(node["Alive"]) for node in ray.nodes())
 
 
+def leaving_nodes() -> frozenset[str]:
+    """Ids of nodes of the connected cluster that are being drained, and will go."""
+    from ray._private.state import state  # there is no public way to ask
+
+    return frozenset(state.get_draining_nodes())
+
+
+def room(config: ClusterConfig, without: Collection[str] = ()) -> int:
+    """How many workers there is room for, beside one decode task, at most `max_workers`.
+
+    Counts nodes that stand, and not those in `without` (ids).
+    """
+    import ray
+
+    has = [n["Resources"] for n in ray.nodes() if n["Alive"] and n["NodeID"] not in without]
+    places = 0
+    for node in has:
+        by_cpu = int(node.get("CPU", 0) // config.cpus_per_worker) if config.cpus_per_worker else 0
+        places += min(by_cpu, int(node.get("GPU", 0))) if config.gpus_per_worker else by_cpu
+    spare = sum(node.get("CPU", 0) for node in has) - 1  # for the decode task
+    by_cpu = int(spare // config.cpus_per_worker) if config.cpus_per_worker else places
+    return max(0, min(places, by_cpu, config.max_workers))
+
+
 def object_store_mb() -> float:
     """Megabytes of the connected cluster's object store, over all nodes."""
     import ray
@@ -113,20 +161,21 @@ def object_store_mb() -> float:
 
 
 def check_room(config: ClusterConfig) -> None:
-    """ValueError where the connected cluster could never hold the workers and one decode task."""
+    """ValueError where the connected cluster has no room for the fewest workers."""
     import ray
 
+    if room(config) >= config.min_workers:
+        return
     has = ray.cluster_resources()
     cpus, gpus = has.get("CPU", 0), has.get("GPU", 0)
-    needed = config.num_workers * config.cpus_per_worker + 1
+    needed = config.min_workers * config.cpus_per_worker + 1
     if cpus < needed:
         raise ValueError(
-            f"{config.num_workers} workers of {config.cpus_per_worker:g} CPUs and one decode task "
+            f"{config.min_workers} workers of {config.cpus_per_worker:g} CPUs and one decode task "
             f"need {needed:g} CPUs, the cluster has {cpus:g}; lower cluster.num_workers or raise "
             "cluster.num_cpus"
         )
-    if gpus < config.num_workers * config.gpus_per_worker:
-        raise ValueError(
-            f"{config.num_workers} workers need a GPU each, the cluster has {gpus:g}; lower "
-            "cluster.num_workers or set cluster.gpus_per_worker=0"
-        )
+    raise ValueError(
+        f"{config.min_workers} workers need a GPU each, the cluster has {gpus:g}; lower "
+        "cluster.num_workers or set cluster.gpus_per_worker=0"
+    )

@@ -53,6 +53,7 @@ class RunConfig:
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
     estimate: bool = False  # `framework.train` says what the run would take, and does not train
+    profile: bool = False  # a window of steps of rank 0, see train.profiler
 
 
 def conf_dir() -> Path:
@@ -145,8 +146,9 @@ def _value(hint: Any, value: Any, path: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:
             return None
-        (inner,) = [a for a in args if a is not type(None)]
-        return _value(inner, value, path)
+        inner = [a for a in args if a is not type(None)]
+        fitting = [a for a in inner if isinstance(value, list | tuple) == _is_sequence(a)]
+        return _value((fitting or inner)[0], value, path)
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         if not isinstance(value, dict):
             raise ValueError(f"{path}={value!r}: a mapping is needed")
@@ -170,6 +172,10 @@ def _value(hint: Any, value: Any, path: str) -> Any:
             raise ValueError(f"{path}={value!r}: a mapping is needed")
         return {str(k): _value(args[1], v, f"{path}.{k}") for k, v in value.items()}
     return _scalar(hint, value, path)
+
+
+def _is_sequence(hint: Any) -> bool:
+    return typing.get_origin(hint) in (tuple, list)
 
 
 def _scalar(hint: Any, value: Any, path: str) -> Any:

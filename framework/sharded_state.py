@@ -105,17 +105,19 @@ def save_state(
     shapes: Mapping[str, Sequence[int]],
     store: Store,
     group: distributed.ProcessGroup | None = None,
+    attempt: str = "",
 ) -> None:
     """Write 1-D tensors, whole or in pieces, below `state/` of `store`; all ranks call it together.
 
     `shapes`: real shapes of the model's tensors by name, which a load compares with its own.
-    `group`: of ranks, with a CPU backend; the default group where it is None. When it returns on
+    `group`: of ranks, with a CPU backend; the default group where it is None. `attempt`: part of
+    the files' names, so that a process that should be dead writes over nothing. When it returns on
     rank 0, every rank has written.
     """
     _silence_single_process()
     dcp.save(
         dict(state),
-        storage_writer=_StoreWriter(store, shapes),
+        storage_writer=_StoreWriter(store, shapes, attempt),
         planner=_SavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
         process_group=group,
     )
@@ -202,9 +204,12 @@ class _File:
 class _StoreWriter(StorageWriter):
     """Writes each rank's tensors end to end into its own objects, at most about PART_BYTES each."""
 
-    def __init__(self, store: Store, shapes: Mapping[str, Sequence[int]]) -> None:
+    def __init__(
+        self, store: Store, shapes: Mapping[str, Sequence[int]], attempt: str = ""
+    ) -> None:
         self.store = store
         self.shapes = shapes
+        self.prefix = f"state/{attempt}-rank" if attempt else "state/rank"
 
     def reset(self, checkpoint_id: Any = None) -> None:
         pass
@@ -227,7 +232,7 @@ class _StoreWriter(StorageWriter):
 
         def flush() -> None:
             nonlocal num_files, waiting
-            name = f"state/rank-{plan.storage_data:05d}-{num_files:03d}.bin"
+            name = f"{self.prefix}-{plan.storage_data:05d}-{num_files:03d}.bin"
             # By torch, for it lets other threads run meanwhile.
             data = torch.cat([part for _, part in parts]).numpy().data
             self.store.write(name, data)

@@ -24,11 +24,13 @@ from pyarrow import Buffer, NativeFile, fs
 
 T = TypeVar("T")
 
-# Chosen by hand: five tries over about 15 s ride out a restart of a proxy or a SlowDown. A try that
-# hangs takes long by itself (Arrow's own time-outs and retries), so no new one begins this late.
-MAX_TRIES = 5
-DEADLINE_S = 60.0
-FIRST_DELAY_S = 0.5
+# Chosen by hand. A command tries for as long as a person waits; it rides out the restart of a proxy
+# or a SlowDown. Training tries for longer, see `be_patient`: a store that is away for a minute or
+# two costs less than a restart. A try that hangs takes long by itself (Arrow's own time-outs and
+# retries), so no new one begins this late.
+DEADLINE_S = 20.0
+PATIENT_DEADLINE_S = 240.0
+FIRST_DELAY_S, MAX_DELAY_S = 0.5, 8.0
 MAX_OPEN_FILES = 64  # readers of remote objects that a process keeps
 _open_files: dict[tuple[str, str], NativeFile] = {}
 _SCHEMES = ("file", "s3", "gs")
@@ -89,7 +91,14 @@ def join_url(url: str | Path, *names: str) -> str:
     return joined
 
 
-def _is_transient(error: OSError) -> bool:
+def be_patient() -> None:
+    """From here on, this process keeps trying for PATIENT_DEADLINE_S."""
+    global DEADLINE_S
+    DEADLINE_S = PATIENT_DEADLINE_S
+
+
+def is_transient(error: OSError) -> bool:
+    """Whether the same action may succeed later."""
     return not (
         isinstance(error, _PERMANENT_TYPES)
         or error.errno in _PERMANENT_ERRNOS
@@ -98,20 +107,16 @@ def _is_transient(error: OSError) -> bool:
 
 
 def with_retries(action: Callable[[], T]) -> T:
-    """Run `action`, again after a transient OSError, with jittered back-off.
-
-    MAX_TRIES times, and not after DEADLINE_S.
-    """
-    deadline = time.monotonic() + DEADLINE_S
-    for attempt in range(MAX_TRIES):
+    """Run `action`, again after a transient OSError, with jittered back-off, until DEADLINE_S."""
+    deadline, delay_s = time.monotonic() + DEADLINE_S, FIRST_DELAY_S
+    while True:
         try:
             return action()
         except OSError as error:
-            is_last = attempt == MAX_TRIES - 1 or time.monotonic() > deadline
-            if is_last or not _is_transient(error):
+            if not is_transient(error) or time.monotonic() > deadline:
                 raise
-            time.sleep(FIRST_DELAY_S * 2**attempt * random.uniform(0.5, 1.5))
-    raise AssertionError("unreachable")
+            time.sleep(delay_s * random.uniform(0.5, 1.5))
+            delay_s = min(2 * delay_s, MAX_DELAY_S)
 
 
 class Store:

@@ -118,8 +118,8 @@ def test_an_altered_checkpoint_is_found_by_its_checksums(checkpoints: Checkpoint
     altered.write_bytes(data)
     assert checkpoints.get(300).step == 300
     with pytest.raises(ValueError, match="was altered"):
-        checkpoints.get(300, with_checksums=True)
-    latest = checkpoints.latest(with_checksums=True)
+        checkpoints.get(300, (0, 1))
+    latest = checkpoints.latest((0, 1))
     assert latest is not None
     assert latest.step == 200
 
@@ -232,7 +232,7 @@ def test_checkpoints_live_on_s3(monkeypatch: pytest.MonkeyPatch) -> None:
         checkpoints.folder(3).write("state/rank-00000-000.bin", b"torn")
         checkpoints.retain(keep_last=1)
         assert checkpoints.committed_steps() == [2, 3]
-        latest = checkpoints.latest(with_checksums=True)
+        latest = checkpoints.latest((0, 1))
         assert latest is not None
         assert latest.step == 2
         found = {"ema.a": torch.zeros(1000)}

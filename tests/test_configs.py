@@ -26,7 +26,7 @@ def test_every_choice_composes(group: str, name: str) -> None:
 def test_every_experiment_makes_a_recipe(name: str) -> None:
     config = compose([f"experiment={name}", "data.shards=/shards"])
     recipe = Assembly.of(config).recipe()
-    assert recipe.global_batch_packs >= config.cluster.num_workers
+    assert recipe.global_batch_packs >= config.cluster.max_workers
     pickle.loads(pickle.dumps(job_of(config)))
 
 

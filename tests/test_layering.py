@@ -34,8 +34,12 @@ HEAVY = {
         "framework/sweep/*",
         # Ray's gauges reach Prometheus through each node's agent: there is no other way to it.
         "framework/train/gauges.py",
+        "framework/train/attempts.py",
+        "framework/train/failures.py",
         "framework/train/job.py",
+        "framework/train/notice.py",
         "framework/train/progress.py",
+        "framework/train/rank.py",
         "framework/train/worker.py",
     ),
     "transformers": ("model_zoo/text/pretrained.py",),

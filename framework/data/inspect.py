@@ -248,7 +248,7 @@ if __name__ == "__main__":
         plan = assembly.make_plan(out, 1, lambda text: None)
         manifest = assembly.pinned_manifest(out)
         reader = assembly.reader(manifest.shards_url)
-        facts = inspect(plan, manifest, reader, config.cluster.num_workers, out)
+        facts = inspect(plan, manifest, reader, config.cluster.max_workers, out)
         for name, value in facts.items():
             print(f"  {name:24} {value}")
         print(join_url(out.url, "report.html").removeprefix("file://"))

@@ -22,6 +22,7 @@ def job_of(config: RunConfig) -> Job:
         tracking=config.tracking,
         cluster=config.cluster,
         identity=flatten(to_mapping(config)),
+        profile=config.profile,
     )
 
 

@@ -3,6 +3,8 @@
 import re
 from dataclasses import dataclass, field
 
+from framework.train.guard import GuardConfig
+from framework.train.profiler import ProfileConfig
 from model_zoo.layers import CheckpointPolicy
 
 
@@ -47,16 +49,24 @@ class TrainConfig:
     steps: int = 1000
     checkpoint_every: int = 100
     keep_checkpoints: int = 3
+    milestone_every: int = 0  # checkpoints of steps that it divides are kept for ever; 0 for none
     log_every: int = 10
     max_lost_share: float = 0.2  # of a window's tokens, in clips that could not be read
     activation_checkpointing: CheckpointPolicy = field(default_factory=CheckpointPolicy)
     deterministic: bool = False  # torch's deterministic algorithms, where they exist
     peak_tflops: float | None = None  # of one device, dense, in the run's dtype: gives MFU
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    hang_timeout_s: float = 900.0  # a rank that ends no step for so long is restarted; 0 for never
+    try_worst_packs: bool = True  # before step 0: what would run out of memory does so at once
+    profiler: ProfileConfig = field(default_factory=ProfileConfig)  # with profile=true
 
     def __post_init__(self) -> None:
         for name in ("steps", "checkpoint_every", "keep_checkpoints", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("milestone_every", "hang_timeout_s"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be 0 or more")
         if not 0 <= self.max_lost_share <= 1:
             raise ValueError(f"max_lost_share={self.max_lost_share} must lie between 0 and 1")
         if self.peak_tflops is not None and self.peak_tflops <= 0:

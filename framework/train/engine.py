@@ -35,7 +35,12 @@ class StepStats:
 
 
 class Engine(Protocol):
-    """A model in training on one rank. Every rank makes the same calls in the same order."""
+    """A model in training on one rank. Every rank makes the same calls in the same order.
+
+    `group` is the checkpoint's own process group; None where there is one process alone.
+    """
+
+    group: distributed.ProcessGroup | None
 
     @property
     def model(self) -> nn.Module:

@@ -82,7 +82,7 @@ class Estimate:
 
 def estimate(job: Job, hardware: HardwareConfig) -> Estimate:
     """What this job would take on `cluster.num_workers` GPUs."""
-    assembly, num_gpus = job.assembly, job.cluster.num_workers
+    assembly, num_gpus = job.assembly, job.cluster.max_workers
     recipe = assembly.recipe()
     grids, mixture = _grids(assembly, recipe)
     tokens = recipe.global_batch_packs * recipe.max_tokens
@@ -147,7 +147,7 @@ def _memory(job: Job, tokens: int, num_gpus: int, policy: CheckpointPolicy) -> M
 
 def _cures(job: Job, recipe: Recipe, hardware: HardwareConfig) -> list[str]:
     """The smallest changes of some kinds that make it fit, at most three."""
-    policy, ranks = job.train.activation_checkpointing, job.cluster.num_workers
+    policy, ranks = job.train.activation_checkpointing, job.cluster.max_workers
 
     def fitting(tokens: int, num_gpus: int, chosen: CheckpointPolicy) -> bool:
         memory = _memory(job, tokens, num_gpus, chosen)

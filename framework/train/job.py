@@ -5,6 +5,7 @@ name, and the workers go on from the latest committed checkpoint, in the same ML
 """
 
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,7 @@ from typing import Any
 
 import ray
 import ray.train
-from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2.api.exceptions import TrainingFailedError
+from ray.train.torch import TorchTrainer
 
 from framework.assembly import Assembly
 from framework.checkpoint import Checkpoint, Checkpoints
@@ -29,12 +29,16 @@ from framework.data.manifest import Manifest
 from framework.data.plan import Plan
 from framework.storage import Store
 from framework.tracking import Status
+from framework.train.attempts import Attempts
 from framework.train.config import RunSection, TrainConfig
+from framework.train.fence import Fence
 from framework.train.identity import code_version
+from framework.train.notice import NoticingTorchConfig
 from framework.train.preflight import check_driver, refusal, show_checks
-from framework.train.progress import Line, Stopped, follow, make_board
+from framework.train.progress import Line, Stopped
 from framework.train.run_tracker import open_tracker
-from framework.train.worker import WorkerArgs, work
+from framework.train.rank import WorkerArgs
+from framework.train.worker import work
 
 # Of a checkpoint: float32 weights, two moments of Adam, and the EMA.
 BYTES_PER_PARAMETER = 16
@@ -52,11 +56,12 @@ class Job:
     tracking: Any
     cluster: ClusterConfig
     identity: dict[str, Any]  # the whole run config, flat
+    profile: bool = False
 
     def check(self) -> None:
         """ValueError where the configs do not fit together, or name a place that will not last."""
         self.assembly.check()
-        if self.cluster.num_workers > (packs := self.assembly.data.global_batch_packs):
+        if self.cluster.max_workers > (packs := self.assembly.data.global_batch_packs):
             raise ValueError(
                 f"cluster.num_workers={self.cluster.num_workers} is more than "
                 f"data.global_batch_packs={packs}; raise the latter"
@@ -79,9 +84,10 @@ def train(job: Job, show: Callable[[Line], None], store: Store) -> Result:
     """Run or resume the job, checked before, in its claimed folder `store`, to its last step.
 
     A run that has come to its last step is given back as it is, without Ray. ValueError for a
-    user's mistake; SystemExit, with its cause, where training fails; Stopped where Ctrl-C or
-    SIGTERM ended it.
+    user's mistake or bug; SystemExit, with its cause, where training fails again and again; Stopped
+    where Ctrl-C or SIGTERM ended it.
     """
+    began = time.time()
     show({"stage": "planning"})
     latest = Checkpoints(store.child("checkpoints")).latest()
     first = latest.step if latest is not None and latest.step < job.train.steps else 0
@@ -99,44 +105,44 @@ def train(job: Job, show: Callable[[Line], None], store: Store) -> Result:
         show({"text": f"note: {store.url} must be shared by all {num_nodes()} nodes"})
     manifest = job.assembly.pinned_manifest(store)
     run_id = _preflight(job, store, manifest, show)
-    board = make_board()
-    args = WorkerArgs(
-        assembly=job.assembly,
-        train=job.train,
-        optimizer=job.optimizer,
-        engine=job.engine,
-        tracking=job.tracking.absolute(Path.cwd()),
-        stream=job.assembly.data.stream,
-        run_url=store.url,
-        run_name=job.run.name,
-        plan_digest=plan.digest,
-        shards_url=manifest.shards_url,
-        first_shard=manifest.first_shard,
-        identity=job.identity,
-        code_version=code_version(),
-        threads=job.cluster.threads_per_worker,
-        board=board,
-    )
+
+    def args(fence: Fence, restarts: int, board: Any) -> WorkerArgs:
+        return WorkerArgs(
+            assembly=job.assembly,
+            train=job.train,
+            optimizer=job.optimizer,
+            engine=job.engine,
+            tracking=job.tracking.absolute(Path.cwd()),
+            stream=job.assembly.data.stream,
+            run_url=store.url,
+            run_name=job.run.name,
+            plan_digest=plan.digest,
+            shards_url=manifest.shards_url,
+            first_shard=manifest.first_shard,
+            identity=job.identity,
+            code_version=code_version(),
+            threads=job.cluster.threads_per_worker,
+            profile=job.profile,
+            fence=fence,
+            restarts=restarts,
+            session_began=began,
+            board=board,
+        )
+
+    def fit(num_workers: int, fence: Fence, restarts: int, board: Any) -> None:
+        _trainer(job.cluster, num_workers, store, args(fence, restarts, board)).fit()
+
     ahead = _PlanAhead(job, store)
+    attempts = Attempts(store, job.cluster, job.train.steps, show, ahead.check, fit)
     try:
-        stopped = follow(board, _trainer(job.cluster, store, args).fit, show, ahead.check)
-    except TrainingFailedError as error:
-        _close(job, store, "FAILED")
-        raise SystemExit(f"training failed in {store.url}: {error}") from error
+        attempts.to_the_end()
     except Stopped:
         _close(job, store, "KILLED")
         raise
-    except (ValueError, OSError):  # of planning ahead
+    except (ValueError, OSError, SystemExit):
         _close(job, store, "FAILED")
         raise
-    if why := ray.get(board.refusal.remote()):
-        _close(job, store, "FAILED")
-        raise ValueError(why)
     checkpoint = Checkpoints(store.child("checkpoints")).latest()
-    if stopped and (checkpoint is None or checkpoint.step < job.train.steps):
-        _close(job, store, "KILLED")
-        at = f"at step {checkpoint.step}, committed" if checkpoint else "before its first step"
-        raise Stopped(f"stopped {at}; the same command goes on with it")
     assert checkpoint is not None, store.url
     assert checkpoint.step == job.train.steps, checkpoint
     return Result(store, checkpoint, run_id, plan)
@@ -162,22 +168,26 @@ class _PlanAhead:
             raise self._raised
 
 
-def _trainer(cluster: ClusterConfig, store: Store, args: WorkerArgs) -> TorchTrainer:
-    """Ray Train's part: start the workers as a group, and again when one dies."""
+def _trainer(
+    cluster: ClusterConfig, num_workers: int, store: Store, args: WorkerArgs
+) -> TorchTrainer:
+    """Ray Train's part: start the workers as a group, once."""
     gpus = cluster.gpus_per_worker
     return TorchTrainer(
         work,
         train_loop_config=args,
-        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if gpus else "gloo"),
+        torch_config=NoticingTorchConfig(backend="cpu:gloo,cuda:nccl" if gpus else "gloo"),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=cluster.num_workers,
+            num_workers=num_workers,
             use_gpu=gpus > 0,
             resources_per_worker={"CPU": cluster.cpus_per_worker, **({"GPU": 1} if gpus else {})},
         ),
         run_config=ray.train.RunConfig(
             name=store.url.rsplit("/", 1)[-1],
             storage_path=_ray_storage(store),
-            failure_config=ray.train.FailureConfig(max_failures=cluster.max_failures),
+            failure_config=ray.train.FailureConfig(
+                max_failures=0, controller_failure_limit=0, max_preemption_failures=0
+            ),
         ),
     )
 
@@ -206,7 +216,7 @@ def _preflight(
         manifest.first_shard,
         tracker,
         checkpoint_bytes=BYTES_PER_PARAMETER * job.assembly.num_parameters(),
-        streams_mb=job.cluster.num_workers * job.assembly.data.stream.object_store_mb,
+        streams_mb=job.cluster.max_workers * job.assembly.data.stream.object_store_mb,
         object_store_mb=object_store_mb(),
     )
     show_checks(checks, "driver", lambda text: show({"text": text}))

@@ -1,8 +1,8 @@
-"""What passes between the driver and rank 0 while a run trains: lines to show, and a wish to stop.
+"""What passes between the driver and the workers while a run trains: lines to show, wishes.
 
 Ctrl-C (or SIGTERM, which `ray job stop` sends) once asks the workers to commit a checkpoint and
-stop; twice stops at once. The workers look for the wish at the end of each logging window, all at
-the same step.
+stop; twice stops at once. The driver asks likewise when nodes come or go. All ranks follow at the
+end of the same step.
 """
 
 import contextlib
@@ -13,6 +13,7 @@ from types import FrameType
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 Line = dict[str, Any]
 
@@ -22,15 +23,16 @@ class Stopped(KeyboardInterrupt):
 
 
 class Board:
-    """A Ray actor that outlives worker restarts: lines of rank 0, and what the driver asks for.
+    """A Ray actor beside the driver: lines of rank 0, and what the driver asks for.
 
     It keeps every line of text, and of the steps in between the last.
     """
 
     def __init__(self) -> None:
         self._lines: list[Line] = [{"stage": "starting workers"}]
-        self._stop = False
+        self._wish = ""
         self._refusal: str | None = None
+        self._left = ""
 
     def tell(self, line: Line) -> None:
         """Rank 0's next line."""
@@ -43,34 +45,58 @@ class Board:
         lines, self._lines = self._lines, []
         return lines
 
-    def ask_stop(self) -> None:
-        """The driver wants the run committed and stopped."""
-        self._stop = True
+    def ask(self, wish: str) -> None:
+        """The driver wants the run committed and left, and says why."""
+        self._wish = wish
 
-    def stop_asked(self) -> bool:
-        """Whether to stop."""
-        return self._stop
+    def wish(self) -> str:
+        """Why to leave; empty where there is no wish."""
+        return self._wish
+
+    def leave(self, why: str) -> None:
+        """The workers have committed and left before the last step."""
+        self._left = why
+
+    def left(self) -> str:
+        """Why the workers left, if they did."""
+        return self._left
 
     def refuse(self, why: str) -> None:
-        """The workers will not train, and a restart would not help: not a failure of a worker."""
-        self._refusal = why
+        """The workers will not train, and a restart would not help; the first reason counts."""
+        self._refusal = self._refusal or why
 
     def refusal(self) -> str | None:
-        """Why the workers did not train, if they did not."""
+        """Why the workers will not train, if they will not."""
         return self._refusal
 
 
 def make_board() -> Any:
-    """A handle of a new board, on a node of Ray's choice."""
-    return ray.remote(num_cpus=0)(Board).remote()
+    """A handle of a new board, on the driver's own node: it goes with no other."""
+    here = ray.get_runtime_context().get_node_id()
+    beside = NodeAffinitySchedulingStrategy(here, soft=False)
+    return ray.remote(num_cpus=0)(Board).options(scheduling_strategy=beside).remote()
 
 
-def stop_asked(board: Any) -> bool:
-    """Whether the driver wants a stop; False where it cannot be asked."""
-    try:
-        return bool(ray.get(board.stop_asked.remote(), timeout=10))
-    except ray.exceptions.RayError:
-        return False
+class Wishes:
+    """Asks the board every second, in a thread, so that no step waits for the head."""
+
+    EVERY_S = 1.0
+
+    def __init__(self, board: Any) -> None:
+        self._board, self._closed, self.wish = board, threading.Event(), ""
+        self._thread = threading.Thread(target=self._run, name="wishes", daemon=True)
+
+    def __enter__(self) -> "Wishes":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closed.set()
+
+    def _run(self) -> None:
+        while not self._closed.wait(self.EVERY_S):
+            with contextlib.suppress(ray.exceptions.RayError):  # an outage of the head
+                self.wish = str(ray.get(self._board.wish.remote(), timeout=10))
 
 
 class Interrupts:
@@ -98,11 +124,16 @@ class Interrupts:
 
 
 def follow(
-    board: Any, fit: Callable[[], object], show: Callable[[Line], None], check: Callable[[], None]
-) -> bool:
-    """Run `fit` to its end, showing the board's lines; whether a stop was asked for meanwhile.
+    board: Any,
+    fit: Callable[[], object],
+    show: Callable[[Line], None],
+    interrupts: Interrupts,
+    wish: Callable[[], str],
+) -> None:
+    """Run `fit` to its end, showing the board's lines. What it raises is raised here.
 
-    `check` is called every second. What either raises is raised here.
+    `wish` is called every second; where it gives a reason to leave, the workers are asked to, once.
+    So they are after an interrupt.
     """
     raised: list[BaseException] = []
 
@@ -114,20 +145,19 @@ def follow(
 
     # In a thread of its own: in the main one Ray Train would take Ctrl-C for itself.
     thread = threading.Thread(target=run, name="fit", daemon=True)
-    with Interrupts() as interrupts:
-        thread.start()
-        told = False
-        while thread.is_alive():
-            thread.join(1.0)
-            if interrupts.count and not told:
-                told = True
+    thread.start()
+    asked = ""
+    while thread.is_alive():
+        thread.join(1.0)
+        why = "stop" if interrupts.count else wish()
+        if why and why != asked:
+            if why == "stop":
                 show({"text": "stopping after a checkpoint; once more to stop at once"})
-                board.ask_stop.remote()
-            _show_lines(board, show)
-            check()
+            asked = why
+            board.ask.remote(why)
+        _show_lines(board, show)
     if raised:
         raise raised[0]
-    return told
 
 
 def _show_lines(board: Any, show: Callable[[Line], None]) -> None:

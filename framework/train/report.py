@@ -7,12 +7,15 @@ last execution of each step.
 """
 
 import json
+import math
+import platform
+import statistics
 from collections.abc import Callable
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 
 from framework.batch import ReadStats
 from framework.checkpoint import Checkpoints
@@ -20,8 +23,10 @@ from framework.storage import Store
 from framework.tracking import Tracker
 from framework.train.config import TrainConfig
 from framework.train.engine import StepStats
+from framework.train.gauges import Gauges
 from framework.train.loop import StepOutput
-from framework.train.throughput import Throughput
+from framework.train.probe import slow_ranks
+from framework.train.rank import everyone
 
 
 def ledger_name(step: int, rank: int) -> str:
@@ -48,6 +53,44 @@ def read_ledger(run: Store) -> dict[int, dict[str, Any]]:
     return steps
 
 
+def recent_losses(run: Store, before: int, count: int) -> list[float]:
+    """Losses of the last `count` steps before step `before` that were trained on, newest last."""
+    losses: dict[int, float] = {}
+    for name in reversed(run.list("ledger")):
+        ends = int(name.split("/")[1].removeprefix("step-"))
+        if ends > before or not name.endswith("/rank-00000.jsonl"):
+            continue
+        for line in run.read(name).decode().splitlines():
+            row = json.loads(line)
+            if row["loss"] is not None and "skipped" not in row:
+                losses[row["step"]] = row["loss"]
+        if len(losses) >= count:
+            break
+    return [loss for _, loss in sorted(losses.items())][-count:]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One rank's account of the steps since the last checkpoint."""
+
+    rows: list[dict[str, Any]]
+    failed: list[str]
+
+    def write(self, run: Store, step: int, rank: int) -> None:
+        """Write it under the name of the checkpoint of `step`, with its quarantine."""
+        text = "".join(json.dumps(row) + "\n" for row in self.rows)
+        run.write(ledger_name(step, rank), text.encode())
+        if self.failed:
+            name = f"quarantine/step-{step:08d}/rank-{rank:05d}.json"
+            run.write(name, json.dumps(self.failed, indent=1).encode())
+
+
+def clear_segments(run: Store, step: int) -> None:
+    """Delete what an earlier attempt, maybe of more ranks, wrote for the checkpoint of `step`."""
+    for folder in ("ledger", "quarantine"):
+        run.delete_folder(f"{folder}/step-{step:08d}")
+
+
 @dataclass(frozen=True)
 class _Step:
     """What is kept of a step until its window ends: no batch, no noise."""
@@ -56,15 +99,17 @@ class _Step:
     epoch: int
     tokens: int
     loss_tokens: int
-    loss_share: Tensor
+    loss: float
     stats: StepStats
+    skipped: str
+    cost: float
     clips: list[int]
     failed: list[str]
     lost_tokens: int
     read: ReadStats
 
     @classmethod
-    def of(cls, output: StepOutput) -> "_Step":
+    def of(cls, output: StepOutput, cost: float) -> "_Step":
         inputs = output.inputs
         batches = [batch for batch, _ in inputs.packs]
         lost = [
@@ -76,13 +121,48 @@ class _Step:
             epoch=inputs.epoch,
             tokens=inputs.tokens,
             loss_tokens=inputs.loss_tokens,
-            loss_share=output.loss_share,
+            loss=output.loss,
             stats=output.stats,
+            skipped=output.skipped,
+            cost=cost,
             clips=[i for batch in batches for i in batch.clip_ids.tolist() if i >= 0],
             failed=[name for batch in batches for name in batch.failed],
             lost_tokens=int(sum(lengths.sum() for lengths in lost)),
             read=sum((batch.read for batch in batches), ReadStats()),
         )
+
+    def row(self) -> dict[str, Any]:
+        """The step in the ledger; a loss that is no number is null there."""
+        loss = self.loss if math.isfinite(self.loss) else None
+        row: dict[str, Any] = {"step": self.number, "clips": self.clips, "loss": loss}
+        if self.failed:
+            row["failed"] = self.failed
+        if self.skipped:
+            row["skipped"] = self.skipped
+        return row
+
+    def metrics(self) -> dict[str, float]:
+        """What is logged of every step; what is no number is left out."""
+        figures = {
+            "train/loss": self.loss,
+            "train/grad_norm": self.stats.grad_norm,
+            "train/lr": self.stats.lr,
+            "train/epoch": self.epoch,
+            "train/skipped": float(bool(self.skipped)),
+            "data/tokens": self.tokens,
+        }
+        return {name: value for name, value in figures.items() if math.isfinite(value)}
+
+
+@dataclass(frozen=True)
+class Window:
+    """What a rank can say of its last steps beside what the steps themselves say."""
+
+    speed: dict[str, float]  # of `Throughput.window`
+    steps_ready: float  # prefetched, on the average
+    probe_s: float  # of `framework.train.probe`
+    memory: dict[str, float]
+    breakdown: Tensor  # sums of `framework.train.breakdown`, on the CPU
 
 
 class Reporter:
@@ -90,116 +170,114 @@ class Reporter:
 
     def __init__(
         self,
-        store: Store,
         tracker: Tracker,
-        throughput: Throughput,
+        gauges: Gauges,
         show: Callable[[dict[str, Any]], None],
-        stop_asked: Callable[[], bool],
-        steps_ready: Callable[[], float],
+        measure: Callable[[], Window],
+        names: Callable[[Tensor], dict[str, float]],
+        extra: Callable[[], dict[str, float]],
         *,
         rank: int,
         dp_size: int,
         train: TrainConfig,
     ) -> None:
-        self._store, self._tracker, self._throughput, self._show = store, tracker, throughput, show
-        self._stop_asked = stop_asked  # rank 0's answer counts
-        self._steps_ready = steps_ready  # prefetched, on the average since it was last asked
+        """`measure` is asked of every rank at a window's end; `names` turns the breakdown's sums
+        into metrics; `extra` are rank 0's own figures."""
+        self._tracker, self._gauges, self._show = tracker, gauges, show
+        self._measure, self._names, self._extra = measure, names, extra
         self._rank, self._dp_size, self._train = rank, dp_size, train
         self._pending: list[_Step] = []
         self._rows: list[dict[str, Any]] = []
         self._failed: list[str] = []
+        self._hosts = everyone(platform.node(), dp_size)
         self._seconds = self._tokens = self._wait_s = 0.0
+        self.productive_s = 0.0  # of steps that changed the weights, without waiting for data
 
-    def record(self, output: StepOutput) -> bool:
-        """Take one step; every `log_every` steps its window is reduced over ranks and logged.
+    def record(self, output: StepOutput, cost: float) -> None:
+        """Take one step; every `log_every` steps its window is gathered over ranks and logged.
 
-        Whether training is to stop after this step: all ranks say the same.
+        `cost`: of this rank's packs, in any unit that all ranks share.
         """
-        self._pending.append(_Step.of(output))
+        self._pending.append(_Step.of(output, cost))
         done = output.inputs.number + 1
         if done % self._train.log_every == 0 or done == self._train.steps:
-            return self.flush()
-        return False
+            self.flush()
 
-    def flush(self) -> bool:
-        """Sum over ranks what happened since the last call; log it, add it to the ledger.
+    def flush(self) -> None:
+        """Gather over ranks what happened since the last call; log it, add it to the ledger.
 
-        Whether a stop was asked for. RuntimeError where more than `max_lost_share` of the tokens
-        are of clips that failed.
+        RuntimeError where more than `max_lost_share` of the tokens are of clips that failed.
         """
-        if not self._pending:
-            return False
-        stop = self._rank == 0 and self._stop_asked()
-        speed = self._window(len(self._pending))
-        by_step = torch.tensor(
-            [[s.loss_share.item(), s.lost_tokens, len(s.failed)] for s in self._pending],
-            dtype=torch.float64,
-        )
-        read = sum((step.read for step in self._pending), ReadStats())
-        mine = [*astuple(read), speed.get("data/wait_share", 0.0), self._steps_ready()]
-        by_rank = torch.zeros(self._dp_size, len(mine), dtype=torch.float64)
-        by_rank[self._rank] = torch.tensor(mine, dtype=torch.float64)
-        parts = [torch.tensor([stop], dtype=torch.float64), by_step.flatten(), by_rank.flatten()]
-        summed = torch.cat(parts)
-        if self._dp_size > 1:
-            distributed.all_reduce(summed)
-        stopped, steps, ranks = summed.split([len(part) for part in parts])
-        stop, sums = bool(stopped), steps.view_as(by_step)
-        rows = list(zip(self._pending, sums.tolist(), strict=True))
-        speed |= _reading(ranks.view_as(by_rank), speed, len(rows))
-        for step, (loss, lost_tokens, num_failed) in rows:
+        steps, self._pending = self._pending, []
+        if not steps:
+            return
+        window = self._measure()
+        by_rank = everyone(_Share.of(steps, window), self._dp_size)
+        for step in steps:
+            self._rows.append(step.row())
             self._failed += step.failed
-            row = {"step": step.number, "clips": step.clips, "loss": loss}
-            self._rows.append({**row, "failed": step.failed} if step.failed else row)
-            metrics = {
-                "train/loss": loss,
-                "train/grad_norm": step.stats.grad_norm,
-                "train/lr": step.stats.lr,
-                "train/epoch": step.epoch,
-                "data/tokens": step.tokens,
-                "data/lost_share": lost_tokens / step.loss_tokens,
-                "data/failed_clips": num_failed,
+            self._tracker.log_metrics(step.metrics(), step=step.number)
+        self._add_up(window.speed, steps)
+        last = steps[-1]
+        lost_share = sum(r.lost_tokens for r in by_rank) / sum(s.loss_tokens for s in steps)
+        losses = [step.loss for step in steps if math.isfinite(step.loss)]
+        if self._rank == 0:
+            figures = {
+                **_over_ranks(by_rank, window.speed, len(steps)),
+                **self._names(torch.stack([r.breakdown for r in by_rank]).sum(0)),
+                "data/lost_share": lost_share,
+                "data/failed_clips": sum(r.num_failed for r in by_rank),
+                **self._extra(),
             }
-            self._tracker.log_metrics(metrics, step=step.number)
-        last, mean_loss = self._pending[-1], sums[:, 0].mean().item()
-        self._tracker.log_metrics(speed, step=last.number)
-        self._show(
-            {"step": last.number + 1, "steps": self._train.steps, "loss": mean_loss, **speed}
-        )
-        lost_share = sums[:, 1].sum().item() / sum(step.loss_tokens for step in self._pending)
-        self._pending.clear()
+            self._tracker.log_metrics(figures, step=last.number)
+            self._gauges.show({**last.metrics(), **figures})
+            self._name_slow_ranks([r.probe_s for r in by_rank])
+            self._show(
+                {
+                    "step": last.number + 1,
+                    "steps": self._train.steps,
+                    "loss": sum(losses) / len(losses) if losses else math.nan,
+                    **figures,
+                }
+            )
         if lost_share > self._train.max_lost_share:
-            raise RuntimeError(
-                f"{lost_share:.0%} of the tokens of steps {rows[0][0].number} to {last.number} are "
+            raise ValueError(
+                f"{lost_share:.0%} of the tokens of steps {steps[0].number} to {last.number} are "
                 f"of clips that could not be read (train.max_lost_share="
                 f"{self._train.max_lost_share}); on this rank: {'; '.join(self._failed[:3])}"
             )
-        return stop
 
-    def _window(self, num_steps: int) -> dict[str, float]:
-        speed = self._throughput.window()
-        if speed:
-            seconds = speed["speed/step_s"] * num_steps
-            self._seconds += seconds
-            self._tokens += speed["speed/tokens_per_s"] * seconds
-            self._wait_s += speed["data/wait_share"] * seconds
-        return speed
+    def _name_slow_ranks(self, probe_s: list[float]) -> None:
+        for rank in slow_ranks(probe_s):
+            times = probe_s[rank] / statistics.median_low(probe_s)
+            self._show(
+                {
+                    "text": f"rank {rank} on {self._hosts[rank]} is slow: the same matrix products "
+                    f"take it {times:.1f} times as long as the median rank"
+                }
+            )
 
-    def clear_ledger(self, step: int) -> None:
-        """Delete what an earlier attempt, maybe of more ranks, wrote for this checkpoint."""
-        for folder in ("ledger", "quarantine"):
-            self._store.delete_folder(f"{folder}/step-{step:08d}")
+    def _add_up(self, speed: dict[str, float], steps: list[_Step]) -> None:
+        if not speed:
+            return
+        seconds = speed["speed/step_s"] * len(steps)
+        waited = speed["data/wait_share"] * seconds
+        self._seconds += seconds
+        self._tokens += speed["speed/tokens_per_s"] * seconds
+        self._wait_s += waited
+        updated = sum(not step.skipped for step in steps) / len(steps)
+        self.productive_s += updated * (seconds - waited)
 
-    def write_ledger(self, step: int) -> None:
-        """Write this rank's segment that ends with the checkpoint of `step`, and its quarantine."""
+    def take_segment(self) -> Segment:
+        """What the ledger is to say of the steps since the last checkpoint; a collective."""
         self.flush()
-        text = "".join(json.dumps(row) + "\n" for row in self._rows)
-        self._store.write(ledger_name(step, self._rank), text.encode())
-        if self._failed:
-            name = f"quarantine/step-{step:08d}/rank-{self._rank:05d}.json"
-            self._store.write(name, json.dumps(self._failed, indent=1).encode())
-        self._rows.clear()
-        self._failed.clear()
+        segment = Segment(self._rows, self._failed)
+        self._rows, self._failed = [], []
+        return segment
+
+    def give_back(self, segment: Segment) -> None:
+        """The checkpoint that this was taken for was not committed: the next one tells it."""
+        self._rows[:0], self._failed[:0] = segment.rows, segment.failed
 
     def average_speed(self) -> dict[str, float]:
         """Over all steps of this process, checkpoints left out."""
@@ -211,21 +289,59 @@ class Reporter:
         }
 
 
-def _reading(by_rank: Tensor, speed: dict[str, float], num_steps: int) -> dict[str, float]:
-    """How the data came in a window: sums over ranks a second, means a clip, and the worst rank.
+@dataclass(frozen=True)
+class _Share:
+    """One rank's part of a window's figures."""
 
-    by_rank: (dp_size, 6), the fields of ReadStats, the share of time spent waiting, steps ready.
+    read: ReadStats
+    wait_share: float
+    steps_ready: float
+    probe_s: float
+    memory: dict[str, float]
+    costs: list[float]  # of each step
+    lost_tokens: int
+    num_failed: int
+    breakdown: Tensor
+
+    @classmethod
+    def of(cls, steps: list[_Step], window: Window) -> "_Share":
+        return cls(
+            read=sum((step.read for step in steps), ReadStats()),
+            wait_share=window.speed.get("data/wait_share", 0.0),
+            steps_ready=window.steps_ready,
+            probe_s=window.probe_s,
+            memory=window.memory,
+            costs=[step.cost for step in steps],
+            lost_tokens=sum(step.lost_tokens for step in steps),
+            num_failed=sum(len(step.failed) for step in steps),
+            breakdown=window.breakdown,
+        )
+
+
+def _over_ranks(by_rank: list[_Share], speed: dict[str, float], num_steps: int) -> dict[str, float]:
+    """Sums over ranks a second, means a clip, the worst rank, and how uneven the steps were.
+
+    speed/imbalance: predicted cost of the step's dearest rank over the mean of all, on the average.
     """
-    clips, size_bytes, fetch_s, decode_s = by_rank[:, :4].sum(dim=0).tolist()
-    if not speed or not clips:
-        return {}
-    seconds = speed["speed/step_s"] * num_steps
-    return {
-        "data/clips_per_s": clips / seconds,
-        "data/mb_per_s": size_bytes / seconds / 1e6,
-        "data/fetch_ms": 1e3 * fetch_s / clips,
-        "data/decode_ms": 1e3 * decode_s / clips,
-        "data/wait_share": by_rank[:, 4].mean().item(),
-        "data/wait_share_worst": by_rank[:, 4].max().item(),
-        "data/steps_ready_worst": by_rank[:, 5].min().item(),
+    costs = torch.tensor([share.costs for share in by_rank], dtype=torch.float64)  # (W, steps)
+    probes = [share.probe_s for share in by_rank]
+    figures = {
+        **speed,
+        "speed/imbalance": (costs.amax(0) / costs.mean(0).clamp(min=1e-30)).mean().item(),
+        "speed/slowest_rank": max(probes) / max(statistics.median_low(probes), 1e-9),
     }
+    for name in by_rank[0].memory:
+        figures[name] = max(share.memory[name] for share in by_rank)
+    read = sum((share.read for share in by_rank), ReadStats())
+    if speed and read.clips:
+        seconds = speed["speed/step_s"] * num_steps
+        figures |= {
+            "data/clips_per_s": read.clips / seconds,
+            "data/mb_per_s": read.size_bytes / seconds / 1e6,
+            "data/fetch_ms": 1e3 * read.fetch_s / read.clips,
+            "data/decode_ms": 1e3 * read.decode_s / read.clips,
+            "data/wait_share": statistics.fmean(share.wait_share for share in by_rank),
+            "data/wait_share_worst": max(share.wait_share for share in by_rank),
+            "data/steps_ready_worst": min(share.steps_ready for share in by_rank),
+        }
+    return figures

@@ -41,12 +41,19 @@ class Snapshot:
         self.is_written = False
         return self
 
-    def write(self, store: Store) -> None:
-        """Write below `state/` of a checkpoint's folder; all ranks call it, from any one thread."""
+    def write(self, store: Store, attempt: str = "") -> None:
+        """Write below `state/` of a checkpoint's folder; all ranks call it, from any one thread.
+
+        `attempt`: see `save_state`.
+        """
         try:
-            save_state(self._state, self.shapes, store, self.group)
+            save_state(self._state, self.shapes, store, self.group, attempt)
         finally:
             self.is_written = True
+
+    def drop(self) -> None:
+        """Let it go unwritten."""
+        self.is_written = True
 
     def check_written(self) -> None:
         """AssertionError while the last snapshot waits to be written or is being written."""

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from framework.train.progress import Stopped, follow, make_board
+from framework.train.progress import Interrupts, Stopped, follow, make_board
 
 
 @pytest.mark.slow
@@ -32,7 +32,14 @@ def main() -> None:
     ray.init(address="local", num_cpus=1, include_dashboard=False, logging_level="ERROR")
     try:
         for_ever = threading.Event().wait
-        follow(make_board(), for_ever, lambda line: print(line, flush=True), lambda: None)
+        with Interrupts() as interrupts:
+            follow(
+                make_board(),
+                for_ever,
+                lambda line: print(line, flush=True),
+                interrupts,
+                lambda: "",
+            )
     except Stopped as stopped:
         print(stopped, flush=True)
         sys.exit(130)

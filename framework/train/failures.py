@@ -1,0 +1,73 @@
+"""Which failures of a rank may pass by themselves, and when to stop trying.
+
+A machine dies, a connection breaks, a store is away: another attempt goes on from the last
+checkpoint. A bug, a wrong config, memory that is too small: another attempt would fail alike, so
+the run ends at once with the error's own words.
+"""
+
+import traceback
+
+import ray
+import torch
+from torch import distributed
+
+from framework.storage import is_transient
+from framework.train.watchdog import Hung
+
+# What a collective says when another rank has gone; gloo and NCCL raise plain RuntimeErrors too.
+_COLLECTIVE_WORDS = (
+    "gloo",
+    "NCCL",
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "Timed out waiting",
+    "CheckpointException",
+    "CUDA error",  # of the device, not its memory: that is torch.OutOfMemoryError
+)
+
+
+class Superseded(RuntimeError):
+    """Another attempt of this run has begun: this one must write nothing more."""
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether the same command may succeed when it is tried again."""
+    if isinstance(error, ray.exceptions.RayTaskError) and isinstance(error.cause, BaseException):
+        return may_pass(error.cause)  # of a task that read data
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return False
+    if isinstance(error, OSError):
+        return is_transient(error)
+    if isinstance(error, Hung | distributed.DistError | ray.exceptions.RayError):
+        return True
+    if type(error).__name__ == "CheckpointException":  # torch's, of what any rank raised in a save
+        return True
+    is_plain = isinstance(error, RuntimeError)
+    return is_plain and any(word in str(error) for word in _COLLECTIVE_WORDS)
+
+
+def words_of(error: BaseException) -> str:
+    """An error in one sentence, with the place in the code where it was raised."""
+    frames = traceback.extract_tb(error.__traceback__)
+    at = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+    if isinstance(error, ValueError):  # written for the user
+        return str(error)
+    return f"{type(error).__name__}: {str(error).strip()}{at}"
+
+
+class Patience:
+    """Counts failures in a row: a checkpoint between two of them starts the count anew."""
+
+    def __init__(self, max_failures: int) -> None:
+        self._max_failures = max_failures
+        self._committed: int | None = None
+        self.count = 0
+
+    def is_over(self, committed: int) -> bool:
+        """Take one more failure, with `committed` steps in the store; whether to give up."""
+        self.count = (
+            1 if self._committed is not None and committed > self._committed else (self.count + 1)
+        )
+        self._committed = committed
+        return self.count > self._max_failures
