@@ -149,9 +149,12 @@ def start() -> Iterator[Callable[..., subprocess.Popen[str]]]:
     """Start `python -m MODULE OVERRIDES…` in a session of its own; all of it ends with the test."""
     started: list[subprocess.Popen[str]] = []
 
-    def run(module: str, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+    def run(
+        module: str, *arguments: str, cwd: Path | None = None, **environment: str
+    ) -> subprocess.Popen[str]:
         process = subprocess.Popen(
             [sys.executable, "-m", module, *arguments],
+            cwd=cwd,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

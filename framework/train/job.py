@@ -36,8 +36,8 @@ from framework.train.identity import code_version
 from framework.train.notice import NoticingTorchConfig
 from framework.train.preflight import check_driver, refusal, show_checks
 from framework.train.progress import Line, Stopped
-from framework.train.run_tracker import open_tracker
 from framework.train.rank import WorkerArgs
+from framework.train.run_tracker import open_tracker
 from framework.train.worker import work
 
 # Of a checkpoint: float32 weights, two moments of Adam, and the EMA.
