@@ -1,15 +1,20 @@
-"""The Engine on DeepSpeed's ZeRO-3 (Rajbhandari et al. 2020): weights, gradients and Adam's moments
-are cut over the ranks, and weights are gathered as the model comes to them.
+"""The Engine on DeepSpeed's ZeRO (Rajbhandari et al. 2020), in its stages:
 
-The only module that touches DeepSpeed, at the first `build`: reading a config does not import it.
+0  every rank holds everything: the plain engine
+1  Adam's moments and the float32 weights are cut over the ranks
+2  gradients as well
+3  weights as well, which are gathered as the model comes to them
+
+The only module that imports DeepSpeed, at the first `build`: reading a config does not.
 We take its partitioning and nothing else: not its optimizers, schedulers, checkpoints or losses'
-scaling. Of a flat parameter of n values, rank r of W holds values [r * c, (r + 1) * c), c =
-ceil(n / W); a checkpoint is of such pieces, and is the plain engine's as well.
+scaling. A checkpoint is of pieces of tensors and does not tell who wrote it: any stage on any
+number of ranks takes over from any other.
 
-Measured on two gloo ranks of one thread, in milliseconds of CPU time a step: a 1.8 M parameter
-transformer of 113 tensors takes 214 in plain torch, 304 with DeepSpeed's defaults, 239 with ours;
-the demo's DiT (2.2 M in 171 tensors, 768 tokens) 200 in plain torch, 260 with ours. What made the
-difference, and what is left is Python that DeepSpeed runs for each module and each tensor:
+Measured for stage 3 on two gloo ranks of one thread, in milliseconds of CPU time a step: a
+1.8 M parameter transformer of 113 tensors takes 214 in plain torch, 304 with DeepSpeed's defaults,
+239 with ours; the demo's DiT (2.2 M in 171 tensors, 768 tokens) 200 in plain torch, 260 with ours.
+What made the difference, and what is left is Python that DeepSpeed runs for each module and each
+tensor:
 - blocks as leaf modules: hooks for a block, not for each of its layers (-20);
 - no persistent parameters: DeepSpeed gathers each of those by a collective of its own at every
   step, but all others in as few as the bucket holds (-30, and a hundred round trips);
@@ -20,7 +25,7 @@ import logging
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
@@ -42,13 +47,16 @@ from framework.train.engine import (
     sum_of_squares,
 )
 from framework.train.optimizer import AdamWConfig
+from framework.train.plain import PlainConfig, PlainEngine
 from framework.train.snapshot import Snapshot
+from framework.train.zero_stages import Stage, Stage1And2, Stage3
 
 
 @dataclass(frozen=True)
 class ZeroConfig:
     """Options of `ZeroEngine`.
 
+    `stage`: 0 to 3, see above; 0 in bf16 is autocast, as the plain engine has it.
     `dtype`: of weights and gradients as the model sees them; the master weights are float32.
     `bucket_numel`: values gathered ahead, and values reduced, in one collective; less where the
     model is smaller. `persistence_threshold`: parameters of up to so many values stay gathered
@@ -57,6 +65,7 @@ class ZeroConfig:
     does not hold on to gathered weights; for large models without activation checkpointing.
     """
 
+    stage: int = 3
     dtype: str = "fp32"
     ema_decay: float = 0.999
     bucket_numel: int = 50_000_000
@@ -65,6 +74,8 @@ class ZeroConfig:
     memory_efficient_linear: bool = False
 
     def __post_init__(self) -> None:
+        if self.stage not in range(4):
+            raise ValueError(f"stage={self.stage} must be one of 0, 1, 2, 3")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype={self.dtype!r} must be one of {', '.join(DTYPES)}")
         check_decay(self.ema_decay)
@@ -79,14 +90,17 @@ class ZeroConfig:
         optimizer: AdamWConfig,
         num_steps: int,
         device: torch.device,
-    ) -> "ZeroEngine":
+    ) -> "ZeroEngine | PlainEngine":
         """The engine at step 0 of `num_steps`; every rank of the default process group calls it.
 
-        `model_factory` seeds itself. Each parameter is drawn whole on the CPU of every rank, one
-        module at a time, and cut at once: the same weights on any number of ranks.
+        `model_factory` seeds itself. Each parameter is drawn whole on the CPU of every rank, in
+        stage 3 one module at a time and cut at once: the same weights on any number of ranks.
         """
         if not distributed.is_initialized():
-            raise ValueError("ZeRO-3 needs a process group; start under torchrun or Ray Train")
+            raise ValueError("ZeRO needs a process group; start under torchrun or Ray Train")
+        if self.stage == 0:
+            plain = PlainConfig(self.dtype, self.ema_decay)
+            return plain.build(model_factory, optimizer, num_steps, device)
         return ZeroEngine(self, model_factory, optimizer, num_steps, device)
 
 
@@ -105,83 +119,116 @@ class ZeroEngine:
         self.optimizer_config = optimizer
         self.num_steps = num_steps
         self.progress = Progress()
+        self.device = device
         self.rank, self.dp_size = distributed.get_rank(), distributed.get_world_size()
         self.group = checkpoint_group()
         deepspeed = _import_deepspeed(device)
 
-        settings = self._settings(device, 1, "fp32")
+        if config.stage == 3:
+            module, initial = self._build_in_shards(deepspeed, model_factory, device)
+        else:
+            module = model_factory()
+            initial = {n: p.detach().flatten().clone() for n, p in module.named_parameters()}
+        # Any: DeepSpeed hangs much on each parameter.
+        self.params: dict[str, Any] = dict(module.named_parameters())
+        self.shapes = shapes_of(module)
+        self.numels = {name: math.prod(shape) for name, shape in self.shapes.items()}
+        self.model, _, _, _ = deepspeed.initialize(
+            model=module,
+            optimizer=optimizer.build(self.params.items()),
+            config=self._settings(device, sum(self.numels.values()), config.dtype),
+        )
+        self.zero = self.model.optimizer
+        self.stage: Stage = (
+            Stage3(self.model, self.params, self.rank)
+            if config.stage == 3
+            else Stage1And2(self.model, self.params)
+        )
+        flats = self.stage.flats
+        create_adam_state(self.zero.optimizer, flats)
+
+        adam = [self.zero.optimizer.state[flat] for flat in flats]
+        # What this rank holds in float32, of each kind and parameter. For `initial` see there.
+        weights = self._pieces(flats)
+        for name, piece in weights.items():
+            first = 0 if config.stage == 3 else piece.start
+            piece.values.copy_(initial.pop(name)[first : first + piece.values.numel()])
+        self.state: dict[str, dict[str, Piece]] = {
+            "weights": weights,
+            "exp_avg": self._pieces([state["exp_avg"] for state in adam]),
+            "exp_avg_sq": self._pieces([state["exp_avg_sq"] for state in adam]),
+            "ema": {n: replace(w, values=w.values.clone()) for n, w in weights.items()},
+        }
+        self._snapshot = Snapshot(self.shapes, self.group)
+
+    def _build_in_shards(
+        self, deepspeed: Any, model_factory: Callable[[], nn.Module], device: torch.device
+    ) -> tuple[nn.Module, dict[str, Tensor]]:
+        """The module as stage 3 wants it, and this rank's initial float32 shards."""
         # No overrides: tensors made in constructors stay float32, and on the CPU until cut.
         init = deepspeed.zero.Init(
-            config_dict_or_path=settings, dtype=torch.float32, tensor_overrides=[]
+            config_dict_or_path=self._settings(device, 1, "fp32"),
+            dtype=torch.float32,
+            tensor_overrides=[],
         )
         with init, _RefuseLateInit():
             module = model_factory()
         for buffer in module.buffers():
             buffer.data = buffer.data.to(device)
-        # Any: DeepSpeed hangs ds_tensor (the shard), ds_numel and ds_shape on each parameter.
-        self.params: dict[str, Any] = dict(module.named_parameters())
-        initial = [p.ds_tensor.clone() for p in self.params.values()]
-        for parameter in self.params.values():
-            parameter.data = parameter.data.to(DTYPES[config.dtype])
-            parameter.ds_tensor.data = parameter.ds_tensor.data.to(DTYPES[config.dtype])
+        initial, dtype = {}, DTYPES[self.config.dtype]
+        for name, parameter in module.named_parameters():
+            shard: Any = parameter.ds_tensor  # type: ignore[attr-defined]  # DeepSpeed's
+            initial[name] = shard.clone()
+            parameter.data, shard.data = parameter.data.to(dtype), shard.data.to(dtype)
         for blocks in module.modules():
             if isinstance(blocks, nn.ModuleList):
                 for block in blocks:
                     deepspeed.utils.set_z3_leaf_module(block, True)
                     block.register_forward_pre_hook(_check_leaf_inputs, with_kwargs=True)
+        return module, initial
 
-        numel = sum(p.ds_numel for p in self.params.values())
-        self.model, _, _, _ = deepspeed.initialize(
-            model=module,
-            optimizer=optimizer.build(self.params.items()),
-            config=self._settings(device, numel, config.dtype),
-        )
-        self.zero = self.model.optimizer  # DeepSpeedZeroOptimizer_Stage3
-        create_adam_state(self.zero.optimizer, self.zero.fp32_partitioned_groups_flat)
-
-        # Views of this rank's float32 shards, padded to equal length on all ranks. DeepSpeed works
-        # in place on the flat tensors behind them.
-        local, state = (
-            deepspeed.utils.safe_get_local_fp32_param,
-            deepspeed.utils.safe_get_local_optimizer_state,
-        )
-        weights = {name: local(p).detach() for name, p in self.params.items()}
-        torch._foreach_copy_(list(weights.values()), initial)
-        self.shards: dict[str, dict[str, Tensor]] = {
-            "weights": weights,
-            "exp_avg": {n: state(p, "exp_avg") for n, p in self.params.items()},
-            "exp_avg_sq": {n: state(p, "exp_avg_sq") for n, p in self.params.items()},
-            "ema": {name: shard.clone() for name, shard in weights.items()},
+    def _pieces(self, flats: list[Tensor]) -> dict[str, Piece]:
+        return {
+            name: Piece(place.of(flats), place.start, self.numels[name])
+            for name, place in self.stage.places.items()
         }
-        self.shapes = shapes_of(module)
-        self._snapshot = Snapshot(self.shapes, self.group)
 
     def _settings(self, device: torch.device, numel: int, dtype: str) -> dict[str, Any]:
         config, on_gpu = self.config, device.type == "cuda"
         bucket = min(config.bucket_numel, numel)
+        by_stage = {
+            "allgather_bucket_size": bucket + bucket % 2,  # it wants an even one
+        }
+        if config.stage == 3:
+            by_stage = {
+                "stage3_prefetch_bucket_size": bucket,
+                "stage3_param_persistence_threshold": config.persistence_threshold,
+                "memory_efficient_linear": config.memory_efficient_linear,
+            }
         return {
             "train_micro_batch_size_per_gpu": 1,
             # Every step() is a boundary; backward() before it may be called any number of times.
+            # Stages 1 and 2 are told so by the second line, stage 3 keeps a sum in any case.
             "gradient_accumulation_steps": 1,
+            "managed_gradient_accumulation": config.stage == 3,
             "gradient_clipping": self.optimizer_config.max_grad_norm,  # DeepSpeed's default is 1
             "zero_allow_untested_optimizer": True,  # torch.optim.AdamW
             "bf16": {"enabled": dtype == "bf16"},
             "data_types": {"grad_accum_dtype": "fp32"},
             "communication_data_type": dtype,
             "zero_optimization": {
-                "stage": 3,
+                "stage": config.stage,
                 "contiguous_gradients": True,
-                "overlap_comm": config.overlap_comm and on_gpu,
+                # Stage 1 reduces at the step: there is nothing to overlap it with.
+                "overlap_comm": config.overlap_comm and on_gpu and config.stage > 1,
                 "reduce_scatter": on_gpu,
                 "reduce_bucket_size": bucket,
-                "stage3_prefetch_bucket_size": bucket,
-                "stage3_param_persistence_threshold": config.persistence_threshold,
-                "memory_efficient_linear": config.memory_efficient_linear,
+                **by_stage,
             },
         }
 
     def backward(self, loss: Tensor) -> None:
-        """Add to this rank's share of the gradient; averages over the ranks at once."""
+        """Add to this rank's share of the gradient; stages 2 and 3 average over the ranks here."""
         self.model.backward(loss, scale_wrt_gas=False)
 
     def step(self) -> StepStats:
@@ -190,12 +237,11 @@ class ZeroEngine:
         for group in self.zero.optimizer.param_groups:
             group["lr"] = lr
         self.model.step()
-        # A parameter without a gradient in the next step would be given this one's again.
-        self.zero.grad_partitions_flat_buffer.zero_()
+        self.stage.finish_step()
         if not self.zero.overflow:
             update_ema(
-                list(self.shards["ema"].values()),
-                list(self.shards["weights"].values()),
+                self._values("ema"),
+                self._values("weights"),
                 self.config.ema_decay,
                 self.progress.updates,
             )
@@ -204,71 +250,57 @@ class ZeroEngine:
         return StepStats(float(self.model.get_global_grad_norm()), lr)
 
     def skip(self) -> StepStats:
-        """DeepSpeed skips a step whose gradient is not a number: so that is what it is given."""
+        """No norm: the optimizer would have to be made to compute it."""
+        self.stage.forget_gradients()
         lr = self.optimizer_config.lr_at(self.progress.steps, self.num_steps)
-        self.zero.grad_partitions_flat_buffer.fill_(math.nan)
-        self.model.step()
-        assert self.zero.overflow
-        self.zero.grad_partitions_flat_buffer.zero_()
         self.progress.steps += 1
         return StepStats(math.nan, lr)
 
     def snapshot(self) -> Snapshot:
-        """Each rank copies its shards."""
+        """Each rank copies its pieces."""
         return self._snapshot.take(self._state(self.progress.as_tensor()))
 
     def save(self, store: Store) -> None:
-        """Each rank writes its shards."""
+        """Each rank writes its pieces."""
         self._snapshot.check_written()
         save_state(self._state(self.progress.as_tensor()), self.shapes, store, self.group)
 
     def load(self, store: Store) -> None:
-        """Each rank reads its shards, however they were cut when they were written."""
+        """Each rank reads its pieces, however they were cut when they were written."""
         self._snapshot.check_written()
         progress = self.progress.as_tensor()
         load_state(self._state(progress), self.shapes, store, self.group)
         self.progress = Progress.from_tensor(progress)
         for state in self.zero.optimizer.state.values():
             state["step"].fill_(self.progress.updates)
-        # What the model computes with follows the master weights: gathered copies are dropped.
-        self.model.empty_partition_cache()
-        for name, parameter in self.params.items():
-            parameter.ds_tensor.data.copy_(self.shards["weights"][name])
+        self.stage.take_weights()
 
     def full_state(self, which: str = "weights") -> dict[str, Tensor]:
         """Gather the weights or the EMA to rank 0, a tensor at a time."""
         full = {}
-        for name, shard in self.shards[which].items():
-            parts = (
-                [torch.empty_like(shard) for _ in range(self.dp_size)] if self.rank == 0 else None
-            )
-            distributed.gather(shard.contiguous(), parts, 0)
-            if parts is not None:
-                shape = self.shapes[name]
-                numel = self.params[name].ds_numel
-                full[name] = torch.cat(parts)[:numel].view(shape).cpu()
+        for name, piece in self.state[which].items():
+            whole = torch.zeros(piece.numel, device=self.device)
+            whole[piece.start : piece.start + piece.values.numel()] = piece.values
+            distributed.reduce(whole, 0)  # a sum, of which one term is not zero
+            if self.rank == 0:
+                full[name] = whole.view(self.shapes[name]).cpu()
         return full
 
     def weight_norm(self) -> float:
-        """Each rank adds up its shards, which have no part in common."""
-        total = sum_of_squares(
-            [self._piece(n, w).values for n, w in self.shards["weights"].items()]
-        )
+        """Each rank adds up its pieces, which have no part in common."""
+        total = sum_of_squares(self._values("weights")).to(self.device)
         distributed.all_reduce(total)
         return total.sqrt().item()
+
+    def _values(self, kind: str) -> list[Tensor]:
+        return [piece.values for piece in self.state[kind].values()]
 
     def _state(self, progress: Tensor) -> dict[str, Tensor | Piece]:
         state: dict[str, Tensor | Piece] = {"progress": progress}
         for kind in KINDS:
-            for name, shard in self.shards[kind].items():
-                state[f"{kind}.{name}"] = self._piece(name, shard)
+            state |= {f"{kind}.{name}": piece for name, piece in self.state[kind].items()}
         buffers = persistent_buffers(self.model.module)
         return state | {name: buffer.view(-1) for name, buffer in buffers.items()}
-
-    def _piece(self, name: str, shard: Tensor) -> Piece:
-        """A shard without its padding, which is the same on all ranks but nothing to keep."""
-        start, numel = self.rank * shard.numel(), self.params[name].ds_numel
-        return Piece(shard[: max(0, numel - start)], start, numel)
 
 
 def _import_deepspeed(device: torch.device) -> Any:
@@ -293,6 +325,8 @@ def _import_deepspeed(device: torch.device) -> Any:
     )
     with as_it_is:
         import deepspeed.runtime.zero.muon.muon_optimizer
+    # Stage 1 in bf16 would print what memory is in use, at each build.
+    deepspeed.runtime.bf16_optimizer.see_memory_usage = lambda *_, **__: None
     # Ranges for a GPU profiler: 1,500 a step, 5 % of the step of a small model on a CPU.
     deepspeed.utils.nvtx.enable_nvtx = device.type == "cuda"
     return deepspeed

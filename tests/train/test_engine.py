@@ -31,7 +31,12 @@ WIDTH, PACKS, STEPS, SAVED = 16, 4, 5, 3
 OPTIMIZER = AdamWConfig(
     lr=1e-2, weight_decay=0.1, max_grad_norm=0.5, schedule="trapezoid", warmup_steps=2
 )
-CONFIGS = {"plain": PlainConfig(ema_decay=0.9), "zero": ZeroConfig(ema_decay=0.9)}
+CONFIGS = {
+    "plain": PlainConfig(ema_decay=0.9),
+    "zero": ZeroConfig(ema_decay=0.9),
+    "zero1": ZeroConfig(stage=1, ema_decay=0.9),
+    "zero2": ZeroConfig(stage=2, ema_decay=0.9),
+}
 
 
 class Block(nn.Module):
@@ -110,7 +115,10 @@ def build(kind: str, **changes: Any) -> Any:
 
 
 def gradients(engine: Any) -> dict[str, Tensor]:
-    """The step's averaged gradient, whole, before `step`."""
+    """The step's averaged gradient, whole, before `step`; of stages 1 and 2 see `CaughtGradients`.
+
+    These reduce it, or lay it out for the optimizer, only in `step`.
+    """
     if hasattr(engine, "zero"):
         from deepspeed.utils import safe_get_full_grad
 
@@ -121,6 +129,31 @@ def gradients(engine: Any) -> dict[str, Tensor]:
         distributed.all_reduce(found[name])
         found[name] /= engine.dp_size
     return found
+
+
+class CaughtGradients:
+    """What DeepSpeed gives to the optimizer of an engine of stage 1 or 2."""
+
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
+        self.flats: list[Tensor] = []
+        engine.zero.optimizer.register_step_pre_hook(self.catch)
+
+    def catch(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        for group in optimizer.param_groups:
+            self.flats += [flat.grad.clone() for flat in group["params"] if flat.numel()]
+
+    def before_clipping(self, grad_norm: float) -> dict[str, Tensor]:
+        """The last step's averaged gradient, whole."""
+        found = {}
+        for name, place in self.engine.stage.places.items():
+            found[name] = torch.zeros(self.engine.numels[name])
+            found[name][place.start : place.start + place.size] = place.of(self.flats)
+            distributed.all_reduce(found[name])
+            found[name] *= max(1, (grad_norm + 1e-6) / OPTIMIZER.max_grad_norm)
+            found[name] = found[name].view(self.engine.shapes[name])
+        self.flats.clear()
+        return found
 
 
 class Gate(Store):
@@ -150,15 +183,18 @@ def job_train(rank: int, world: int, folder: Path) -> Any:
         engine = build(kind)
         grads, rows, weights, emas = [], [], [engine.full_state()], [engine.full_state("ema")]
         norms, gate = [engine.weight_norm()], Gate(folder / f"{kind}-{world}-snapshot")
+        caught = CaughtGradients(engine) if kind in ("zero1", "zero2") else None
         for step in range(STEPS):
             if step == SAVED:
                 engine.save(Store(folder / f"{kind}-{world}"))
                 writing = threading.Thread(target=engine.snapshot().write, args=(gate,))
                 writing.start()  # and training goes on
             loss = loss_of_step(engine, step, rank, world)
-            if step < 2:
+            if step < 2 and caught is None:
                 grads.append(gradients(engine))
             stats = engine.step()
+            if caught is not None and step < 2:
+                grads.append(caught.before_clipping(stats.grad_norm))
             rows.append((loss, stats.grad_norm, stats.lr))
             weights.append(engine.full_state())
             emas.append(engine.full_state("ema"))
@@ -184,11 +220,7 @@ def job_resume(rank: int, world: int, folder: Path) -> Any:
             "weights": engine.full_state(),
             "ema": engine.full_state("ema"),
         }
-    # Back in time, in the same process: no gathered copy of the weights may survive.
-    engine.load(Store(folder / f"{kind}-{world}"))
-    result["again"] = {"rows": train(engine, range(SAVED, STEPS), rank, world)}
-    for kind in CONFIGS:
-        engine = build(kind)
+        # Back in time, in the same process: no gathered copy of the weights may survive.
         engine.load(Store(folder / f"{kind}-{world}-snapshot"))
         result[kind]["snapshot"] = train(engine, range(SAVED, STEPS), rank, world)
     return result
@@ -222,10 +254,20 @@ def job_odd(rank: int, world: int, folder: Path) -> Any:
         result[kind]["skip"] = {"stats": stats.__dict__, "progress": dict(vars(engine.progress))}
         result[kind]["skip"] |= {"before": before, "after": engine.full_state()}
         result[kind]["rows"] += train(engine, range(4, 5), rank, world)
-    bf16 = build("zero", dtype="bf16")
-    result["bf16"] = {"initial": bf16.full_state()}
-    result["bf16"]["rows"] = train(bf16, range(STEPS), rank, world)
-    result["bf16"]["dtype"] = str(next(bf16.model.parameters()).dtype)
+    for stage in (1, 2, 3):
+        bf16 = build("zero", stage=stage, dtype="bf16")
+        result["bf16", stage] = {"initial": bf16.full_state()}
+        result["bf16", stage]["rows"] = train(bf16, range(STEPS), rank, world)
+        result["bf16", stage]["dtype"] = str(next(bf16.model.parameters()).dtype)
+        before = bf16.full_state()
+        loss_of_step(bf16, 0, rank, world, factor=float("nan") if rank == 1 else 1.0)
+        result["bf16", stage]["nan"] = bf16.step().grad_norm
+        loss_of_step(bf16, 0, rank, world)
+        bf16.skip()
+        result["bf16", stage]["kept"] = all_equal(bf16.full_state(), before)
+        loss_of_step(bf16, 1, rank, world)
+        result["bf16", stage]["after"] = bf16.step().grad_norm
+    result["stage 0"] = train(build("zero", stage=0), range(STEPS), rank, world)
 
     class Late(Model):
         def __init__(self) -> None:
@@ -398,7 +440,6 @@ def test_resume_is_equal_to_the_bit_to_never_stopping(ranks: Ranks) -> None:
         assert resumed[kind]["rows"] == whole[kind]["rows"][SAVED:]
         assert all_equal(resumed[kind]["weights"], whole[kind]["weights"][-1])
         assert all_equal(resumed[kind]["ema"], whole[kind]["emas"][-1])
-    assert resumed["again"]["rows"] == whole["zero"]["rows"][SAVED:]
 
 
 @pytest.mark.parametrize("world", [1, pytest.param(3, marks=pytest.mark.slow)])
@@ -461,7 +502,7 @@ def test_a_skipped_step_counts_and_leaves_no_gradient(ranks: Ranks) -> None:
         assert skip["stats"]["lr"] == OPTIMIZER.lr_at(3, STEPS)
         assert skip["progress"] == {"steps": 4, "updates": 2}
         assert all_equal(skip["after"], skip["before"])
-    assert_rows_close(found["zero"]["rows"], found["plain"]["rows"])  # the last is of step 4
+        assert_rows_close(found[kind]["rows"], found["plain"]["rows"])  # the last is of step 4
 
 
 def test_a_step_that_is_not_a_number_changes_nothing(ranks: Ranks) -> None:
@@ -470,16 +511,24 @@ def test_a_step_that_is_not_a_number_changes_nothing(ranks: Ranks) -> None:
         assert found[kind]["stats"] == {"grad_norm": math.inf, "lr": OPTIMIZER.lr_at(0, STEPS)}
         assert all_equal(found[kind]["after"], found[kind]["before"])
         assert all(math.isfinite(norm) for _, norm, _ in found[kind]["rows"])
-    assert_rows_close(found["zero"]["rows"], found["plain"]["rows"])
+        assert_rows_close(found[kind]["rows"], found["plain"]["rows"])
 
 
-def test_bf16_keeps_float32_master_weights(ranks: Ranks) -> None:
-    found, oracle = ranks.run("odd", 2)["bf16"], ranks.run("train", 2)["plain"]
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_bf16_keeps_float32_master_weights(ranks: Ranks, stage: int) -> None:
+    found, oracle = ranks.run("odd", 2)["bf16", stage], ranks.run("train", 2)["plain"]
     assert found["dtype"] == "torch.bfloat16"
     assert all_equal(found["initial"], oracle["weights"][0])
     losses = torch.tensor(found["rows"])[:, 0] / torch.tensor(oracle["rows"])[:, 0]
     # bf16 has 8 bits of mantissa; five steps of a small model drift by a few per cent.
     torch.testing.assert_close(losses, torch.ones(STEPS), rtol=0, atol=0.1)
+    assert found["nan"] == math.inf
+    assert found["kept"]
+    assert math.isfinite(found["after"])
+
+
+def test_stage_0_is_the_plain_engine(ranks: Ranks) -> None:
+    assert ranks.run("odd", 2)["stage 0"] == ranks.run("train", 2)["plain"]["rows"]
 
 
 def test_zero_refuses_what_it_would_get_wrong_in_silence(ranks: Ranks) -> None:
@@ -528,6 +577,8 @@ def test_configs_refuse_nonsense() -> None:
             config(dtype="fp8")
         with pytest.raises(ValueError, match="ema_decay"):
             config(ema_decay=1.0)
+    with pytest.raises(ValueError, match="stage=4 must be one of"):
+        ZeroConfig(stage=4)
     with pytest.raises(ValueError, match="bucket_numel"):
         ZeroConfig(bucket_numel=0)
 
