@@ -51,6 +51,8 @@ from framework.train.plain import PlainConfig, PlainEngine
 from framework.train.snapshot import Snapshot
 from framework.train.zero_stages import Stage, Stage1And2, Stage3
 
+OFFLOADS = ("none", "optimizer", "all")
+
 
 @dataclass(frozen=True)
 class ZeroConfig:
@@ -58,6 +60,9 @@ class ZeroConfig:
 
     `stage`: 0 to 3, see above; 0 in bf16 is autocast, as the plain engine has it.
     `dtype`: of weights and gradients as the model sees them; the master weights are float32.
+    `offload`: what stage 3 keeps in the CPU's memory, from where it is slow to fetch: "optimizer"
+    (float32 weights, moments, EMA; the CPU updates them), "all" (these and the shards of what the
+    model computes with) or "none".
     `bucket_numel`: values gathered ahead, and values reduced, in one collective; less where the
     model is smaller. `persistence_threshold`: parameters of up to so many values stay gathered
     between steps. `overlap_comm`: communicate beside computing (CUDA only).
@@ -68,6 +73,7 @@ class ZeroConfig:
     stage: int = 3
     dtype: str = "fp32"
     ema_decay: float = 0.999
+    offload: str = "none"
     bucket_numel: int = 50_000_000
     persistence_threshold: int = 0
     overlap_comm: bool = True
@@ -79,6 +85,12 @@ class ZeroConfig:
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype={self.dtype!r} must be one of {', '.join(DTYPES)}")
         check_decay(self.ema_decay)
+        if self.offload not in OFFLOADS:
+            raise ValueError(f"offload={self.offload!r} must be one of {', '.join(OFFLOADS)}")
+        if self.offload != "none" and self.stage != 3:
+            raise ValueError(
+                f"offload={self.offload!r} wants stage=3, which is {self.stage}; try offload=none"
+            )
         if self.bucket_numel < 1:
             raise ValueError(f"bucket_numel={self.bucket_numel} must be at least 1; try 50000000")
         if self.persistence_threshold < 0:
@@ -196,7 +208,7 @@ class ZeroEngine:
     def _settings(self, device: torch.device, numel: int, dtype: str) -> dict[str, Any]:
         config, on_gpu = self.config, device.type == "cuda"
         bucket = min(config.bucket_numel, numel)
-        by_stage = {
+        by_stage: dict[str, Any] = {
             "allgather_bucket_size": bucket + bucket % 2,  # it wants an even one
         }
         if config.stage == 3:
@@ -205,6 +217,11 @@ class ZeroEngine:
                 "stage3_param_persistence_threshold": config.persistence_threshold,
                 "memory_efficient_linear": config.memory_efficient_linear,
             }
+            in_cpu = {"device": "cpu", "pin_memory": on_gpu}
+            if config.offload != "none":
+                by_stage["offload_optimizer"] = in_cpu
+            if config.offload == "all":
+                by_stage["offload_param"] = in_cpu
         return {
             "train_micro_batch_size_per_gpu": 1,
             # Every step() is a boundary; backward() before it may be called any number of times.
@@ -213,6 +230,7 @@ class ZeroEngine:
             "managed_gradient_accumulation": config.stage == 3,
             "gradient_clipping": self.optimizer_config.max_grad_norm,  # DeepSpeed's default is 1
             "zero_allow_untested_optimizer": True,  # torch.optim.AdamW
+            "zero_force_ds_cpu_optimizer": False,  # which would have to be compiled
             "bf16": {"enabled": dtype == "bf16"},
             "data_types": {"grad_accum_dtype": "fp32"},
             "communication_data_type": dtype,

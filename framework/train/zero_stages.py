@@ -63,6 +63,9 @@ class Stage3:
     def finish_step(self) -> None:
         """A parameter without a gradient in the next step would be given this one's again."""
         self.zero.grad_partitions_flat_buffer.zero_()
+        for flat in self.flats:
+            if flat.grad is not None:  # kept for offloading
+                flat.grad.zero_()
 
     def forget_gradients(self) -> None:
         """What its step does where a gradient is not a number."""

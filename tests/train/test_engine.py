@@ -241,8 +241,9 @@ def job_reshard(rank: int, world: int, folder: Path) -> Any:
 def job_odd(rank: int, world: int, folder: Path) -> Any:
     """What should not happen, and bf16."""
     result: dict[str, Any] = {}
-    for kind in CONFIGS:
-        engine = build(kind)
+    offloads = ("optimizer", "all")
+    for kind in (*CONFIGS, *offloads):
+        engine = build("zero", offload=kind) if kind in offloads else build(kind)
         before = engine.full_state()
         loss_of_step(engine, 0, rank, world, factor=float("nan") if rank == 1 else 1.0)
         stats = engine.step()
@@ -254,6 +255,11 @@ def job_odd(rank: int, world: int, folder: Path) -> Any:
         result[kind]["skip"] = {"stats": stats.__dict__, "progress": dict(vars(engine.progress))}
         result[kind]["skip"] |= {"before": before, "after": engine.full_state()}
         result[kind]["rows"] += train(engine, range(4, 5), rank, world)
+        if kind in offloads:
+            engine.load(Store(folder / f"zero-{world}"))
+            engine.save(Store(folder / f"{kind}-{world}"))
+            result[kind]["resumed"] = train(engine, range(SAVED, STEPS), rank, world)
+            result[kind]["weights"] = engine.full_state()
     for stage in (1, 2, 3):
         bf16 = build("zero", stage=stage, dtype="bf16")
         result["bf16", stage] = {"initial": bf16.full_state()}
@@ -514,6 +520,17 @@ def test_a_step_that_is_not_a_number_changes_nothing(ranks: Ranks) -> None:
         assert_rows_close(found[kind]["rows"], found["plain"]["rows"])
 
 
+@pytest.mark.parametrize("offload", ["optimizer", "all"])
+def test_offloading_changes_nothing_but_where_things_are(ranks: Ranks, offload: str) -> None:
+    found, whole = ranks.run("odd", 2), ranks.run("train", 2)["zero"]
+    assert all_equal(found[offload]["after"], found[offload]["before"])  # not a number
+    assert all_equal(found[offload]["skip"]["after"], found[offload]["skip"]["before"])
+    assert_rows_close(found[offload]["rows"], found["zero"]["rows"])
+    assert all_equal(ranks.saved(f"{offload}-2"), ranks.saved("zero-2"))
+    assert_rows_close(found[offload]["resumed"], whole["rows"][SAVED:])
+    assert distance(found[offload]["weights"], whole["weights"][-1]) <= 1e-5
+
+
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_bf16_keeps_float32_master_weights(ranks: Ranks, stage: int) -> None:
     found, oracle = ranks.run("odd", 2)["bf16", stage], ranks.run("train", 2)["plain"]
@@ -579,6 +596,10 @@ def test_configs_refuse_nonsense() -> None:
             config(ema_decay=1.0)
     with pytest.raises(ValueError, match="stage=4 must be one of"):
         ZeroConfig(stage=4)
+    with pytest.raises(ValueError, match="offload='disk' must be one of none, optimizer, all"):
+        ZeroConfig(offload="disk")
+    with pytest.raises(ValueError, match="offload='all' wants stage=3"):
+        ZeroConfig(stage=2, offload="all")
     with pytest.raises(ValueError, match="bucket_numel"):
         ZeroConfig(bucket_numel=0)
 
