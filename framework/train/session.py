@@ -167,6 +167,7 @@ class Session:
         if verdict == "rollback":
             self.committer.wait()
             if self._committed is not None:
+                self.engine.skip()  # its gradient is not to meet that of another step
                 raise _RollBack(inputs.number, loss)
         if verdict != "train":
             self.rank.tell({"text": f"step {inputs.number} is skipped: loss {loss:.4g} is a spike"})
