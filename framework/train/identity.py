@@ -19,7 +19,7 @@ from framework.train.config import RunSection
 FREE_KEYS = (
     "cluster.", "tracking.", "evaluate.", "sample.", "sampler.", "run.fresh", "run.root",
     "train.log_every", "train.keep_checkpoints", "data.stream.", "data.exclude", "data.encode.",
-    "hardware.", "estimate",
+    "hardware.", "estimate", "export.",
 )  # fmt: skip
 
 

@@ -48,6 +48,19 @@ def read_ledger(run: Store) -> dict[int, dict[str, Any]]:
     return steps
 
 
+def segment_loss(run: Store, step: int) -> tuple[int, float] | None:
+    """Number of steps and mean loss of the ledger segment that the checkpoint of `step` ends.
+
+    None where there is no such segment in the run's folder `run`.
+    """
+    try:
+        lines = run.read(ledger_name(step, 0)).decode().splitlines()  # all ranks have the loss
+    except FileNotFoundError:
+        return None
+    losses = [json.loads(line)["loss"] for line in lines]
+    return (len(losses), sum(losses) / len(losses)) if losses else None
+
+
 @dataclass(frozen=True)
 class _Step:
     """What is kept of a step until its window ends: no batch, no noise."""
