@@ -76,8 +76,9 @@ def _how_to_load(layout: FolderFormat) -> str:
             "from diffusers import WanTransformer3DModel\n\n"
             'model = WanTransformer3DModel.from_pretrained("this/folder")\n'
             "```\n\n"
-            "It wants the packages diffusers and accelerate. `timestep` is 1000 t, where t = 0 is data and t = 1 is noise; text comes without "
-            "padding. Latents and text embeddings are those of `codec` and `text` below."
+            "It wants the packages diffusers and accelerate. `timestep` is 1000 t, where t = 0 is "
+            "data and t = 1 is noise; text comes without padding. Latents and text embeddings are "
+            "those of `codec` and `text` below."
         )
     return (
         "```python\n"
