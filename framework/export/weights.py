@@ -2,7 +2,8 @@
 
 A file is as huggingface/safetensors defines it: eight bytes of the header's length, the header in
 JSON, the tensors. It is filled in place from the checkpoint, so that a model of any size takes the
-memory of one shard, and no second copy. Nothing here says when the folder counts.
+memory of one shard, and some 200 MB for what is read at once. When a folder counts, says
+`framework.export.folder`.
 """
 
 import json
@@ -68,7 +69,7 @@ def write_weights(
         file = _file_name(number, len(shards))
         to.write(file, memoryview(_filled(shard, layout, checkpoint, shapes)))
         weight_map |= {name: file for s in shard for name in layout.pieces(s.name, s.tensor)}
-        say(f"{file}: {sum(s.size_bytes for s in shard) / 1e9:.2f} GB")
+        say(f"{file}: {sum(s.size_bytes for s in shard) / 1e6:,.1f} MB")
     if len(shards) > 1:
         total = sum(source.size_bytes for source in sources)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
