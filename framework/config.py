@@ -16,7 +16,7 @@ import os
 import sys
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,8 @@ from omegaconf import DictConfig, OmegaConf
 from framework.cluster import ClusterConfig
 from framework.data.config import DataConfig
 from framework.evaluate.config import EvaluateConfig
+from framework.export.config import ExportConfig
+from framework.mapping import unflatten
 from framework.sample.config import SampleConfig
 from framework.train.config import HardwareConfig, RunSection, TrainConfig
 
@@ -50,6 +52,7 @@ class RunConfig:
     train: TrainConfig
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
     estimate: bool = False  # `framework.train` says what the run would take, and does not train
@@ -70,8 +73,12 @@ def compose(overrides: list[str]) -> RunConfig:
         return convert(hydra.compose("config", [_force_add(o) for o in overrides]))
 
 
-def entry(function: Callable[[RunConfig], None]) -> None:
-    """Run an entry point: Hydra reads `sys.argv`; a user's mistake is one sentence, exit code 2."""
+def entry(function: Callable[[RunConfig], None], section: str = "") -> None:
+    """Run an entry point: Hydra reads `sys.argv`; a user's mistake is one sentence, exit code 2.
+
+    section: of the run config, whose fields may be given without its name, `checkpoint=200` for
+    `export.checkpoint=200`; other commands refuse the short form.
+    """
 
     @hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")
     def run(node: DictConfig) -> None:
@@ -86,8 +93,18 @@ def entry(function: Callable[[RunConfig], None]) -> None:
             print(str(stop) or "stopped; the same command goes on", file=sys.stderr)
             sys.exit(130)  # as a shell has it for SIGINT
 
-    sys.argv[1:] = [_force_add(argument) for argument in sys.argv[1:]]
+    sys.argv[1:] = [_force_add(_in_section(a, section)) for a in sys.argv[1:]]
     run()
+
+
+def _in_section(argument: str, section: str) -> str:
+    """Turn `checkpoint=200` into `export.checkpoint=200` where only the section has such a name."""
+    if not section:
+        return argument
+    everywhere = {f.name for f in dataclasses.fields(RunConfig)}
+    its_own = {f.name for f in dataclasses.fields(typing.get_type_hints(RunConfig)[section])}
+    name = argument.split("=", 1)[0]
+    return f"{section}.{argument}" if name in its_own - everywhere else argument
 
 
 def _force_add(argument: str) -> str:
@@ -112,6 +129,13 @@ def convert(node: DictConfig) -> RunConfig:
 def from_mapping(mapping: Any) -> RunConfig:
     """A RunConfig from what `framework.mapping.to_mapping` gave."""
     return _build(RunConfig, mapping, "")
+
+
+def group_from_flat(flat: Mapping[str, Any], name: str) -> Any:
+    """One group of a flat run config, say "model" of a checkpoint's; ValueError on any mistake."""
+    prefix = f"{name}."
+    kept = {key.removeprefix(prefix): v for key, v in flat.items() if key.startswith(prefix)}
+    return _target(unflatten(kept), name)
 
 
 def _build(cls: type, mapping: dict[str, Any], path: str) -> Any:

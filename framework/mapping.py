@@ -1,6 +1,7 @@
 """Configs as plain mappings: what is hashed, stored beside results, and compared key by key."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -25,3 +26,15 @@ def flatten(mapping: Any, prefix: str = "") -> dict[str, Any]:
     for key, value in mapping.items():
         flat.update(flatten(value, f"{prefix}.{key}" if prefix else str(key)))
     return flat
+
+
+def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The reverse of `flatten`, where no key holds a dot of its own."""
+    mapping: dict[str, Any] = {}
+    for path, value in flat.items():
+        *folders, name = path.split(".")
+        inner = mapping
+        for folder in folders:
+            inner = inner.setdefault(folder, {})
+        inner[name] = value
+    return mapping

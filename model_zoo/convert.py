@@ -138,35 +138,56 @@ def from_wan(state: Mapping[str, Tensor], shape: WanShape) -> dict[str, Tensor]:
 
 def to_wan(state: Mapping[str, Tensor], shape: WanShape) -> dict[str, Tensor]:
     """State of our DiT -> state of WanTransformer3DModel. ValueError names tensors left over."""
-    left = dict(state)
-    wan: dict[str, Tensor] = {}
-    for mine, theirs in _names(shape.config.depth):
-        for name, part in zip(theirs, left.pop(mine).chunk(len(theirs)), strict=True):
-            wan[name] = part.contiguous()
-    weight = left.pop("embed.weight").unflatten(1, (*shape.config.patch, shape.channels))
-    wan["patch_embedding.weight"] = weight.permute(0, 4, 1, 2, 3).contiguous()
-    wan["patch_embedding.bias"] = left.pop("embed.bias")
-    wan["scale_shift_table"] = left.pop("head.modulation")[None]
-    for i in range(shape.config.depth):
-        wan[f"blocks.{i}.scale_shift_table"] = left.pop(f"blocks.{i}.modulation")[None]
+    places = wan_names(shape.config.depth)
+    left = sorted(state.keys() - places.keys())
     if left:
-        raise ValueError(f"{len(left)} tensors have no place in Wan: {', '.join(sorted(left)[:3])}")
-    return wan
+        raise ValueError(f"{len(left)} tensors have no place in Wan: {', '.join(left[:3])}")
+    return {
+        name: piece
+        for mine, theirs in places.items()
+        for name, piece in zip(theirs, wan_pieces(mine, state[mine], theirs, shape), strict=True)
+    }
+
+
+def wan_names(depth: int) -> dict[str, tuple[str, ...]]:
+    """Every tensor of our DiT, and what it becomes in Wan: several where ours is stacked."""
+    names = dict(_names(depth))
+    names |= {f"embed.{kind}": (f"patch_embedding.{kind}",) for kind in ("weight", "bias")}
+    names["head.modulation"] = ("scale_shift_table",)
+    for i in range(depth):
+        names[f"blocks.{i}.modulation"] = (f"blocks.{i}.scale_shift_table",)
+    return names
+
+
+def wan_pieces(
+    mine: str, tensor: Tensor, theirs: tuple[str, ...], shape: WanShape
+) -> tuple[Tensor, ...]:
+    """One tensor of ours as Wan has it, a piece for each name in `theirs` of `wan_names`."""
+    if mine == "embed.weight":  # (D, P) -> (D, C, pt, ph, pw)
+        weight = tensor.unflatten(1, (*shape.config.patch, shape.channels))
+        return (weight.permute(0, 4, 1, 2, 3).contiguous(),)
+    if mine.endswith("modulation"):
+        return (tensor[None],)
+    return tuple(piece.contiguous() for piece in tensor.chunk(len(theirs)))
 
 
 def load_wan(folder: Path) -> DiT:
     """The model that diffusers saved in `folder`; ValueError where it is none that we have."""
     shape = wan_shape(json.loads((folder / "config.json").read_text()))
-    index = folder / f"{WEIGHTS}.index.json"
-    if index.exists():
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    else:
-        files = [WEIGHTS]
-    state = {name: tensor for file in files for name, tensor in load_file(folder / file).items()}
+    state = read_tensors(folder)
     with torch.device("meta"):
         model = shape.build()
     model.load_state_dict(from_wan(state, shape), assign=True)
     return model
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder by name, from one file or from the pieces that its index lists."""
+    index = folder / f"{WEIGHTS}.index.json"
+    files = [WEIGHTS]
+    if index.exists():
+        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    return {name: tensor for file in files for name, tensor in load_file(folder / file).items()}
 
 
 def save_wan(model: DiT, folder: Path) -> None:

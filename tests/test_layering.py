@@ -81,6 +81,7 @@ NEVER = {
     ),
     # Evaluation and sampling read committed checkpoints, never the live engine.
     "framework/evaluate/*": ("framework.train",),
+    "framework/export/*": ("framework.train",),
     "framework/sample/*": ("framework.train",),
     "framework/*": ("framework.config",),
 }

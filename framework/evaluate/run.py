@@ -51,6 +51,11 @@ class Evaluation:
         }
 
 
+def evaluation_file(step: int, weights: str) -> str:
+    """Where `evaluated` keeps what it found of "ema" or "weights", in the run's folder."""
+    return f"evaluation/step-{step:08d}{'-weights' if weights == 'weights' else ''}.json"
+
+
 def evaluated(
     assembly: Assembly,
     run: Store,
@@ -64,17 +69,15 @@ def evaluated(
     checkpoint: as in `Assembly.load_model`; it counts, not `config.checkpoint`. Writes
     `evaluation/<name>.json`: the metrics, and the settings that they depend on.
     """
-    url, name = "init", "init"
+    url, file = "init", "evaluation/init.json"
     if checkpoint != "init":
         found = find_checkpoint(run.child("checkpoints"), checkpoint)
-        url, name = found.store.url, f"step-{found.step:08d}"
-        name += "-weights" if config.weights == "weights" else ""
+        url, file = found.store.url, evaluation_file(found.step, config.weights)
     settings = _settings(assembly, config, sampler, url)
-    file = f"evaluation/{name}.json"
     if run.exists(file):
         stored = json.loads(run.read(file))
         if stored.get("settings") == settings:
-            say(f"{name} is evaluated already, see {file}")
+            say(f"evaluated already, see {file}")
             return Evaluation(stored["step"], stored["metrics"])
     # By URL: a later checkpoint may have become the latest by now.
     model, step = assembly.load_model(run, url, config.weights)

@@ -91,6 +91,20 @@ def clear_segments(run: Store, step: int) -> None:
         run.delete_folder(f"{folder}/step-{step:08d}")
 
 
+def segment_loss(run: Store, step: int) -> tuple[int, float] | None:
+    """Number of steps and mean loss of the ledger segment that the checkpoint of `step` ends.
+
+    None where there is no such segment in the run's folder `run`.
+    """
+    try:
+        lines = run.read(ledger_name(step, 0)).decode().splitlines()  # all ranks have the loss
+    except FileNotFoundError:
+        return None
+    rows = [json.loads(line) for line in lines]
+    losses = [row["loss"] for row in rows if row["loss"] is not None]
+    return (len(losses), sum(losses) / len(losses)) if losses else None
+
+
 @dataclass(frozen=True)
 class _Step:
     """What is kept of a step until its window ends: no batch, no noise."""

@@ -1,4 +1,4 @@
-"""A user's own mistakes end a run at once, in their own words; bad clips cost what the rule says."""
+"""A user's own mistakes end a run at once, in their own words; a bad clip costs what the rule says."""
 
 import json
 from collections.abc import Callable
@@ -85,10 +85,7 @@ def test_a_mistake_of_the_users_own_ends_the_run_at_once(
     options: list[str],
     words: str,
 ) -> None:
-    every_clip = 3
-    process = user_code.train(
-        *line, "model=faulty", f"model.faults={{{fault}: {every_clip}}}", *options
-    )
+    process = user_code.train(*line, "model=faulty", f"model.faults={{{fault}: 1}}", *options)
     output = process.communicate(timeout=280)[0]
     assert process.returncode == 2, output[-6000:]
     assert "error: " in output

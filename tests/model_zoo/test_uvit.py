@@ -80,24 +80,40 @@ def test_each_skip_reaches_its_mirror_alone(make_pack):
     torch.testing.assert_close(seen[0], start + 2 * (2**0 + 2**4))
 
 
-@pytest.mark.parametrize(
-    ("depth", "width", "heads", "classes", "millions"),
-    [
-        (13, 512, 8, 0, 44),  # for CIFAR-10, the others for ImageNet
-        (17, 768, 12, 1001, 131),
-        (21, 1024, 16, 1001, 287),
-        (29, 1152, 16, 1001, 501),
-    ],
-)
-def test_real_sizes_are_uvits(depth, width, heads, classes, millions):
-    """Table 1 of the paper, whose positions and classes are tables."""
+def published_size(depth: int, width: int, heads: int, token_size: int, classes: int) -> int:
+    """Parameters of github.com/baofff/U-ViT, libs/uvit.py, without its 3 x 3 convolution.
+
+    From ours: its queries, keys and values have no bias, its positions (256 of the image, one each
+    of time and class) and its classes are tables.
+    """
     config = UViTConfig(width=width, ffn=4 * width, num_heads=heads, depth=depth)
     with torch.device("meta"):
-        model = config.build(16, None, TEXT_DIM)
-        parts = [model.embed, model.blocks, model.norm, model.out]
-        count = sum(p.numel() for part in parts for p in part.parameters())
-    count += (classes + 256) * width
-    assert count == pytest.approx(millions * 1e6, abs=5e5)
+        model = config.build(token_size, None, TEXT_DIM)
+    parts = [model.embed, model.blocks, model.norm, model.out]
+    count = sum(p.numel() for part in parts for p in part.parameters())
+    count -= sum(block.attention.qkv.bias.numel() for block in model.blocks)
+    return count + (256 + 1 + (classes > 0) + classes) * width
+
+
+@pytest.mark.parametrize(
+    ("depth", "width", "heads", "token_size", "classes", "millions"),
+    [
+        (13, 512, 8, 2 * 2 * 3, 0, 44),  # Small, for CIFAR-10
+        (17, 512, 8, 2 * 2 * 3, 0, 58),  # Small (Deep)
+        (17, 768, 12, 4 * 4 * 3, 1000, 131),  # Mid, for ImageNet 64 x 64
+        (21, 1024, 16, 2 * 2 * 4, 1001, 287),  # Large, for latents of ImageNet 256 x 256
+        (29, 1152, 16, 2 * 2 * 4, 1001, 501),  # Huge
+    ],
+)
+def test_real_sizes_are_uvits(depth, width, heads, token_size, classes, millions):
+    """Bao et al. 2023, table 1, in millions; patches and classes as in the authors' configs/."""
+    assert round(published_size(depth, width, heads, token_size, classes) / 1e6) == millions
+
+
+def test_the_largest_is_uvits_to_the_last_parameter():
+    """U-ViT-H/2, configs/imagenet256_uvit_huge.py (which has conv=False): 500,832,016 where others
+    list the sizes of ImageNet generators, beside DiT-XL/2's 675,129,632."""
+    assert published_size(29, 1152, 16, 2 * 2 * 4, 1001) == 500_832_016
 
 
 def test_the_small_size(pytestconfig) -> None:

@@ -1,0 +1,135 @@
+"""A model as a folder in diffusers' layout: `config.json` beside safetensors files.
+
+A DiT that is a Wan is written as diffusers' WanTransformer3DModel, which anybody's code loads; any
+other model under its own class name, with the fields of its config, the names of its own tensors,
+and what `build` wants beside the config. `load_model` reads both. Who writes the files is free:
+`folder_format` says what is in them.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from model_zoo.convert import WanShape, load_wan, read_tensors, wan_config, wan_names, wan_pieces
+from model_zoo.dit import DiTConfig
+from model_zoo.dit_original import OriginalDiTConfig
+from model_zoo.mmdit import MMDiTConfig
+from model_zoo.uvit import UViTConfig
+
+WAN = "WanTransformer3DModel"
+# The class that `build` makes, as config.json names it -> its config.
+_CONFIGS: dict[str, type] = {
+    "DiT": DiTConfig,
+    "MMDiT": MMDiTConfig,
+    "OriginalDiT": OriginalDiTConfig,
+    "UViT": UViTConfig,
+}
+_BESIDE = ("channels", "text_vocab", "text_dim")
+
+
+@dataclass(frozen=True)
+class Network:
+    """A denoiser's config, and what its `build` wants beside it."""
+
+    config: Any
+    channels: int  # of the latents
+    text_vocab: int | None  # where text comes as ids
+    text_dim: int | None  # where it comes as embeddings
+
+    @property
+    def token_size(self) -> int:
+        """Values in one patch."""
+        return self.channels * prod(self.config.patch)
+
+    def build(self) -> nn.Module:
+        """The model, on torch's default device, with weights of its own."""
+        return self.config.build(self.token_size, self.text_vocab, self.text_dim)
+
+    def num_parameters(self) -> int:
+        """Counted without memory for them."""
+        with torch.device("meta"):
+            return sum(parameter.numel() for parameter in self.build().parameters())
+
+
+@dataclass(frozen=True)
+class FolderFormat:
+    """How a network lies in a folder: `config` is the content of config.json."""
+
+    config: dict[str, Any]
+    wan: WanShape | None = None  # where diffusers can load it
+    wan_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # of each tensor
+    why_not_wan: str = ""  # a sentence
+
+    def pieces(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
+        """A tensor of the model's state as the folder has it: under its name, or as Wan's pieces.
+
+        The pieces hold the tensor's values in its order or, of the patch embedding, in another.
+        """
+        if self.wan is None:
+            return {name: tensor}
+        theirs = self.wan_names[name]
+        return dict(zip(theirs, wan_pieces(name, tensor, theirs, self.wan), strict=True))
+
+
+def folder_format(network: Network) -> FolderFormat:
+    """As a Wan where it is one, else as our own; ValueError where it is no model of this zoo."""
+    names = {config: name for name, config in _CONFIGS.items()}
+    if type(network.config) not in names:
+        raise ValueError(
+            f"{type(network.config).__name__} is not known; there are "
+            + ", ".join(config.__name__ for config in _CONFIGS.values())
+        )
+    beside = {name: getattr(network, name) for name in _BESIDE}
+    options = asdict(network.config)
+    options.pop("attention", None)  # which kernel computes it is up to the machine that loads
+    own = {"_class_name": names[type(network.config)], **beside, **options}
+    if not isinstance(network.config, DiTConfig):
+        return FolderFormat(own, why_not_wan=f"{own['_class_name']} is another model than Wan")
+    if network.text_dim is None:
+        return FolderFormat(own, why_not_wan="text comes as ids: Wan reads embeddings")
+    shape = WanShape(network.config, network.channels, network.text_dim)
+    try:
+        return FolderFormat(wan_config(shape), shape, wan_names(shape.config.depth))
+    except ValueError as error:
+        return FolderFormat(own, why_not_wan=str(error))
+
+
+def load_model(folder: Path) -> nn.Module:
+    """The model of a folder, on the CPU, in eval mode; ValueError where it is none of ours."""
+    if not (folder / "config.json").exists():
+        raise ValueError(
+            f"{folder} holds no config.json: it is no model, or not written to its end"
+        )
+    content = json.loads((folder / "config.json").read_text())
+    if content.get("_class_name") == WAN:
+        return load_wan(folder).eval()
+    network = _network(content)
+    with torch.device("meta"):
+        model = network.build()
+    model.load_state_dict(read_tensors(folder), assign=True)
+    return model.eval()
+
+
+def _network(content: Mapping[str, Any]) -> Network:
+    """From config.json of our own layout."""
+    name = content.get("_class_name")
+    if name not in _CONFIGS:
+        raise ValueError(
+            f"_class_name={name!r} is not known; there are {', '.join(_CONFIGS)}, {WAN}"
+        )
+    config = _CONFIGS[name]
+    unknown = content.keys() - {f.name for f in fields(config)} - {"_class_name", *_BESIDE}
+    if unknown:
+        raise ValueError(f"{name} has no {', '.join(sorted(unknown))}: a newer version wrote it")
+    options = {
+        key: tuple(value) if isinstance(value, list) else value  # JSON has no tuples
+        for key, value in content.items()
+        if key not in ("_class_name", *_BESIDE)
+    }
+    return Network(config(**options), *(content[key] for key in _BESIDE))

@@ -1,0 +1,105 @@
+"""What passes by itself leaves no trace in the clips and losses of a run.
+
+One run in object storage is held, warned, cut off from its store, and finds its newest checkpoint
+altered; kills and the death of its driver are in tests/test_resume.py, the loss of nodes in
+test_resize.py.
+"""
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from framework.storage import Store
+from framework.train.report import read_ledger
+from tests.faults.conftest import Process, Run, clips_of, losses_of
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+STEPS = 60
+HANG_TIMEOUT_S = 20  # far above a step, far below this test's own time-out
+
+
+def test_hang_notice_outage_and_altered_checkpoint(
+    small_line: list[str],
+    make_data: Callable[[str], list[str]],
+    s3_process: Process,
+    start: Callable[..., Process],
+    finish: Callable[..., str],
+    tmp_path: Path,
+) -> None:
+    line = [override for override in small_line if "tracking" not in override]
+    line += [
+        *make_data("s3://bucket"),
+        f"train.steps={STEPS}",
+        "train.checkpoint_every=5",
+        "train.log_every=5",
+        "train.deterministic=true",
+        # Nobody answers there: figures wait in a journal, and nothing waits for them.
+        "tracking.uri=http://127.0.0.1:9",
+    ]
+    finish("framework.train", *line)
+    expected = read_ledger(Store(tmp_path / "runs/small"))
+    assert sorted(expected) == list(range(STEPS))
+
+    line += ["run.root=s3://bucket/runs", f"train.hang_timeout_s={HANG_TIMEOUT_S}"]
+    run = Run(start("framework.train", *line), Store("s3://bucket/runs/small"))
+    run.wait_for_commit_after(0)
+    hold_a_rank(run)
+    take_the_store_away(run, s3_process)
+    warn_a_rank(run)
+    output = run.stop()
+    assert "Traceback" not in output
+
+    alter_the_newest_checkpoint(run)
+    output = finish("framework.train", *line)
+    assert "checkpoint refused" in output
+    assert "was altered (its checksum differs); taking the one before" in output
+    found = read_ledger(run.store)
+    assert clips_of(found) == clips_of(expected)
+    assert losses_of(found) == losses_of(expected)  # to the bit
+
+
+def hold_a_rank(run: Run) -> None:
+    """It hangs: the other says where it stands, and the group starts again."""
+    attempt = run.attempt()
+    run.workers()[-1].send_signal(signal.SIGSTOP)
+    run.wait_for_attempt_after(attempt)
+    dumps = run.store.list("hangs")
+    assert dumps, "no rank said where it stood"
+    text = run.store.read(dumps[0]).decode()
+    assert "most recent call first" in text
+    assert "loop.py" in text
+    run.wait_for_commit_after(run.committed())
+
+
+def take_the_store_away(run: Run, server: Process) -> None:
+    """No answer for a while: training goes on, and no start is needed."""
+    attempt, committed = run.attempt(), run.committed()
+    os.kill(server.pid, signal.SIGSTOP)
+    try:
+        signal.sigtimedwait([], 8)  # an outage has a length: this is the one thing to wait for
+    finally:
+        os.kill(server.pid, signal.SIGCONT)
+    run.wait_for_commit_after(committed)
+    assert run.attempt() == attempt
+
+
+def warn_a_rank(run: Run) -> None:
+    """SIGTERM, as a scheduler gives notice: a checkpoint at once, and a new start."""
+    attempt = run.attempt()
+    run.wait_until(lambda: len(run.workers()) >= 2)
+    run.workers()[-1].send_signal(signal.SIGTERM)
+    run.wait_for_attempt_after(attempt)
+    run.wait_for_commit_after(run.committed())
+
+
+def alter_the_newest_checkpoint(run: Run) -> None:
+    """One byte, in a file that keeps its size."""
+    folder = run.store.child("checkpoints", f"step-{run.committed():08d}")
+    name = next(name for name in folder.list("state") if name.endswith(".bin"))
+    data = bytearray(folder.read(name))
+    data[len(data) // 2] ^= 1
+    folder.write(name, bytes(data))

@@ -1,0 +1,122 @@
+"""Nodes go and come: the run goes on with fewer ranks and grows again, with the same batches."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from framework.storage import Store
+from framework.train.fence import read_attempt
+from framework.train.report import read_ledger
+from tests.faults.conftest import Process, Run, clips_of, losses_of
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+STEPS = 400  # more than it comes to: it is stopped
+
+
+class Nodes:
+    """Ray nodes on this machine, each a raylet of its own; the first holds the head."""
+
+    def __init__(self, folder: Path, port: int) -> None:
+        self.folder, self.address = folder, f"127.0.0.1:{port}"
+        self.processes: list[Process] = []
+        self._port = port
+
+    def add(self, num_cpus: int) -> Process:
+        where = ["--head", f"--port={self._port}", "--include-dashboard=false"]
+        if self.processes:
+            where = [f"--address={self.address}"]
+        process = subprocess.Popen(
+            [
+                *(str(Path(sys.executable).with_name("ray")), "start", "--block", *where),
+                *(f"--num-cpus={num_cpus}", "--object-store-memory=200000000"),
+                *("--node-ip-address=127.0.0.1", "--disable-usage-stats"),
+            ],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+            text=True,
+            env={
+                **os.environ,
+                "RAY_AUTH_MODE": "disabled",
+                "RAY_TMPDIR": str(self.folder),
+                "RAY_health_check_initial_delay_ms": "1000",
+                "RAY_health_check_period_ms": "1000",
+                "RAY_health_check_timeout_ms": "1000",
+                "RAY_health_check_failure_threshold": "3",
+            },
+        )
+        self.processes.append(process)
+        return process
+
+    def kill(self, process: Process) -> None:
+        """The node is gone at once, with all that runs on it."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait(timeout=30)
+
+
+@pytest.fixture
+def nodes(free_port: Callable[[], int]) -> Iterator[Nodes]:
+    import tempfile
+
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:  # a socket's path must be short
+        started = Nodes(Path(folder), free_port())
+        try:
+            yield started
+        finally:
+            for process in reversed(started.processes):
+                started.kill(process)
+
+
+def test_a_node_goes_and_another_comes(
+    small_line: list[str],
+    small_data: list[str],
+    nodes: Nodes,
+    start: Callable[..., Process],
+    finish: Callable[..., str],
+    tmp_path: Path,
+) -> None:
+    line = [override for override in small_line if "tracking" not in override]
+    line += [
+        *small_data,
+        "tracking=none",
+        f"train.steps={STEPS}",
+        "train.checkpoint_every=5",
+        "train.log_every=5",
+        "cluster.num_workers=[1,2]",
+        "cluster.grow_after_s=0",
+    ]
+    nodes.add(num_cpus=2)
+    second = nodes.add(num_cpus=1)
+    run = Run(
+        start("framework.train", *line, RAY_ADDRESS=nodes.address, RAY_AUTH_MODE="disabled"),
+        Store(tmp_path / "runs/small"),
+    )
+    run.wait_until(lambda: read_attempt(run.store).get("num_workers") == 2)
+    run.wait_for_commit_after(0)
+
+    nodes.kill(second)
+    run.wait_until(lambda: read_attempt(run.store)["num_workers"] == 1)
+    run.wait_for_commit_after(run.committed())
+    nodes.add(num_cpus=1)
+    run.wait_until(lambda: read_attempt(run.store)["num_workers"] == 2)
+    run.wait_for_commit_after(run.committed())
+    output = run.stop()
+    assert "there is room for 2 workers now, 1 train" in output
+
+    found = read_ledger(run.store)
+    undisturbed = [*line, "run.name=whole", "cluster.num_workers=1", "cluster.num_cpus=4"]
+    whole = Run(start("framework.train", *undisturbed), Store(tmp_path / "runs/whole"))
+    whole.wait_for_commit_after(max(found))
+    whole.stop()
+    expected = read_ledger(whole.store)
+    assert clips_of(found) == {step: clips_of(expected)[step] for step in found}
+    for step, loss in losses_of(found).items():  # another order of summation, through Adam
+        assert loss == pytest.approx(expected[step]["loss"], rel=1e-3), step

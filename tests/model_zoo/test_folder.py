@@ -1,0 +1,115 @@
+"""A model comes back from its folder as it was, whichever model it is."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
+
+from model_zoo.convert import WEIGHTS
+from model_zoo.dit import DiTConfig
+from model_zoo.dit_original import OriginalDiTConfig
+from model_zoo.folder import WAN, Network, folder_format, load_model
+from model_zoo.mmdit import MMDiTConfig
+from model_zoo.uvit import UViTConfig
+
+SIZE = {"width": 24, "num_heads": 2, "text_max_length": 20, "patch": (1, 1, 2)}
+NETWORKS = {
+    "dit": Network(DiTConfig(**SIZE, ffn=40, depth=2, pooled_text=True), 3, 258, None),
+    "dit_wan": Network(DiTConfig(**SIZE, ffn=40, depth=2, qk_norm="width"), 3, None, 10),
+    "dit_alternate": Network(
+        DiTConfig(**SIZE, ffn=40, depth=2, qk_norm="width", attention_span="alternate"), 3, None, 10
+    ),
+    "dit_original": Network(
+        OriginalDiTConfig(**SIZE, depth=2, text_depth=1, learn_sigma=True), 3, 258, None
+    ),
+    "mmdit": Network(
+        MMDiTConfig(**SIZE, ffn=40, double_depth=1, single_depth=1, rope_axes=(4, 4, 4)),
+        3,
+        258,
+        None,
+    ),
+    "uvit": Network(UViTConfig(**SIZE, ffn=40, depth=3), 3, None, 10),
+}
+
+
+def write(network: Network, folder: Path) -> torch.nn.Module:
+    """A model of moved weights, and its folder."""
+    torch.manual_seed(0)
+    model = network.build()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    layout = folder_format(network)
+    tensors = {
+        name: piece
+        for mine, tensor in model.state_dict().items()
+        for name, piece in layout.pieces(mine, tensor).items()
+    }
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(layout.config))
+    return model
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_folder_gives_the_model_back(make_pack, tmp_path: Path, name: str) -> None:
+    network = NETWORKS[name]
+    model, again = write(network, tmp_path), load_model(tmp_path)
+    assert type(again) is type(model)
+    if name != "dit_wan":  # Wan's config.json has no place for what embeddings leave unused
+        assert again.config == network.config
+    state = model.state_dict()
+    assert again.state_dict().keys() == state.keys()
+    assert all(torch.equal(state[key], tensor) for key, tensor in again.state_dict().items())
+    pack = make_pack([(2, 3, 2), (1, 1, 1)], [4, 1], network.token_size, text_dim=network.text_dim)
+    t = torch.linspace(0.1, 0.9, pack.num_segments)
+    assert torch.equal(
+        again(pack.tokens, t, pack, pack.text), model(pack.tokens, t, pack, pack.text)
+    )
+
+
+def test_only_a_wan_is_written_as_one() -> None:
+    formats = {name: folder_format(network) for name, network in NETWORKS.items()}
+    assert [name for name, layout in formats.items() if layout.wan] == ["dit_wan"]
+    assert formats["dit_wan"].config["_class_name"] == WAN
+    assert formats["dit"].why_not_wan == "text comes as ids: Wan reads embeddings"
+    assert "Wan has 'full'" in formats["dit_alternate"].why_not_wan
+    assert formats["uvit"].why_not_wan == "UViT is another model than Wan"
+
+
+def test_every_model_of_conf_has_a_layout(pytestconfig) -> None:
+    known = {
+        f"{type(network.config).__module__}.{type(network.config).__qualname__}"
+        for network in NETWORKS.values()
+    }
+    for path in (pytestconfig.rootpath / "conf/model").glob("*.yaml"):
+        assert yaml.safe_load(path.read_text())["_target_"] in known, path.name
+
+
+def test_the_kernel_of_attention_does_not_travel() -> None:
+    assert "attention" not in folder_format(NETWORKS["uvit"]).config
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"_class_name": "FluxTransformer2DModel"}, "FluxTransformer2DModel' is not known"),
+        ({"registers": 4}, "UViT has no registers: a newer version wrote it"),
+        ({"depth": 4}, "depth=4 must be odd"),
+    ],
+)
+def test_other_folders_are_refused(tmp_path: Path, change: dict, sentence: str) -> None:
+    with pytest.raises(ValueError, match=r"holds no config\.json"):
+        load_model(tmp_path)
+    (tmp_path / "config.json").write_text(
+        json.dumps(folder_format(NETWORKS["uvit"]).config | change)
+    )
+    with pytest.raises(ValueError, match=sentence):
+        load_model(tmp_path)
+
+
+def test_a_model_that_is_none_of_ours_is_refused() -> None:
+    with pytest.raises(ValueError, match="Network is not known; there are DiTConfig"):
+        folder_format(Network(NETWORKS["dit"], 3, None, 10))
