@@ -14,6 +14,7 @@ import contextlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +36,7 @@ log = logging.getLogger(__name__)
 MARKER = "COMMITTED"
 META = "meta.json"
 REFUSED = "REFUSED"
+REQUESTS = 4  # in flight; each may hold a file of `sharded_state.PART_BYTES` in memory
 
 
 @dataclass(frozen=True)
@@ -91,13 +93,13 @@ class Checkpoints:
     def get(self, step: int, share: tuple[int, int] | None = None) -> Checkpoint:
         """The checkpoint of `step`; ValueError, saying why, where it is not committed or not whole.
 
-        `share` (r, W) reads every W-th file from the r-th on, to find one that was altered in
-        place; (0, 1) reads all.
+        `share` (r, W) looks at every W-th file only, from the r-th on, and reads it, to find one
+        that was altered in place; (0, 1) reads all. None looks at the sizes of all.
         """
         return _open(self.folder(step), share)
 
     def refuse(self, step: int, why: str) -> None:
-        """Let the checkpoint of `step` count no more; its files stay, the reason beside them."""
+        """Let the checkpoint of `step` count no more; until the next its files stay, with `why`."""
         folder = self.folder(step)
         folder.write(REFUSED, why.encode())
         folder.delete(MARKER)
@@ -114,18 +116,29 @@ class Checkpoints:
     def retain(self, keep_last: int, milestones_every: int = 0) -> None:
         """Delete all but the newest `keep_last` whole checkpoints and the milestones.
 
-        `milestones_every`: steps that it divides are kept for ever; 0 for none.
+        `milestones_every`: steps that it divides are kept for ever; 0 for none. Of what was never
+        committed, or refused, all that is older than the newest goes too.
         """
         if keep_last < 1:
             raise ValueError(f"keep_last={keep_last} must be at least 1")
-        kept = 0
-        for step in reversed(self.committed_steps()):
+        kept, committed = 0, self.committed_steps()
+        for step in sorted(self._begun_steps() - set(committed)):
+            if committed and step < committed[-1]:
+                self._delete(step)
+        for step in reversed(committed):
             if kept < keep_last:
                 with contextlib.suppress(ValueError):  # what is not whole does not count as kept
                     self.get(step)
                     kept += 1
             elif not (milestones_every and step % milestones_every == 0):
                 self._delete(step)
+
+    def _begun_steps(self) -> set[int]:
+        return {
+            int(name.removeprefix("step-").split("/")[0])
+            for name in self.store.list()
+            if name.startswith("step-")
+        }
 
     def _delete(self, step: int) -> None:
         # The marker goes first: a half-deleted checkpoint must not count.
@@ -188,16 +201,21 @@ def _open(folder: Store, share: tuple[int, int] | None) -> Checkpoint:
 def _find_problem(
     folder: Store, files: Mapping[str, Sequence[Any]], share: tuple[int, int] | None
 ) -> str | None:
-    """The first file that is not there, not in full, or, of the share, not as written."""
-    first, stride = share or (len(files), 1)
-    for number, (name, (size_bytes, digest)) in enumerate(files.items()):
+    """The first file that is not there or not in full; or, of the share, not as written."""
+    first, stride = share or (0, 1)
+    looked_at = list(files.items())[first::stride]
+
+    def look(file: tuple[str, Sequence[Any]]) -> str | None:
+        name, (size_bytes, digest) = file
         try:
             found = folder.size(name)
         except FileNotFoundError:
             return f"{name} is missing"
         if found != size_bytes:
             return f"{name} has {found} bytes, {size_bytes} were written"
-        is_ours = number >= first and (number - first) % stride == 0
-        if is_ours and checksum(folder.read(name)) != digest:
+        if share is not None and checksum(folder.read(name)) != digest:
             return f"{name} was altered (its checksum differs)"
-    return None
+        return None
+
+    with ThreadPoolExecutor(REQUESTS) as pool:  # a request takes tens of milliseconds
+        return next((problem for problem in pool.map(look, looked_at) if problem), None)

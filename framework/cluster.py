@@ -46,6 +46,11 @@ class ClusterConfig:
             raise ValueError(f"max_failures={self.max_failures} must not be negative")
 
     @property
+    def standing_address(self) -> str | None:
+        """Of the cluster to join; None where Ray is started here."""
+        return self.address or os.environ.get("RAY_ADDRESS")
+
+    @property
     def min_workers(self) -> int:
         """The fewest ranks that the run trains on."""
         return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
@@ -72,8 +77,7 @@ def connect(config: ClusterConfig) -> None:
 
     if ray.is_initialized():
         return
-    address = config.address or os.environ.get("RAY_ADDRESS")
-    if address:
+    if address := config.standing_address:
         _join(address)
         return
     # A file ~/.ray/auth_token would turn authentication on by itself; say the mode.
@@ -146,8 +150,9 @@ def room(config: ClusterConfig, without: Collection[str] = ()) -> int:
     has = [n["Resources"] for n in ray.nodes() if n["Alive"] and n["NodeID"] not in without]
     places = 0
     for node in has:
-        by_cpu = int(node.get("CPU", 0) // config.cpus_per_worker) if config.cpus_per_worker else 0
-        places += min(by_cpu, int(node.get("GPU", 0))) if config.gpus_per_worker else by_cpu
+        by_gpu = int(node.get("GPU", 0)) if config.gpus_per_worker else config.max_workers
+        by_cpu = int(node.get("CPU", 0) // config.cpus_per_worker) if config.cpus_per_worker else by_gpu
+        places += min(by_cpu, by_gpu)
     spare = sum(node.get("CPU", 0) for node in has) - 1  # for the decode task
     by_cpu = int(spare // config.cpus_per_worker) if config.cpus_per_worker else places
     return max(0, min(places, by_cpu, config.max_workers))
@@ -161,7 +166,7 @@ def object_store_mb() -> float:
 
 
 def check_room(config: ClusterConfig) -> None:
-    """ValueError where the connected cluster has no room for the fewest workers."""
+    """ValueError where the cluster has no room for the fewest workers."""
     import ray
 
     if room(config) >= config.min_workers:

@@ -30,6 +30,7 @@ from framework.batch import PackedBatch
 from framework.data.collate import Arrays, ClipReader, assemble, to_batch
 from framework.data.config import StreamConfig
 from framework.data.plan import PackPlan, Plan, Recipe
+from framework.storage import be_patient
 
 FIRST_SEGMENT_STEPS = 4
 
@@ -51,6 +52,7 @@ class _PackLoader:
         return -(-self.plan.recipe.global_batch_packs // self.dp_size)
 
     def __call__(self, row: dict[str, Any]) -> Arrays:
+        be_patient()
         ahead, pack = divmod(int(row["id"]), self.packs_per_step)
         epoch, step = self.plan.locate(self.first_step + ahead)
         packs = _step_packs(self.plan, epoch, step, self.dp_rank, self.dp_size)
@@ -146,6 +148,7 @@ def _context(config: StreamConfig) -> DataContext:
     context = DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    context.raise_original_map_exception = True  # not a wrapper that has lost its cause
     context.execution_options = ExecutionOptions(
         preserve_order=True,
         resource_limits=ExecutionResources(

@@ -7,19 +7,21 @@ user's errors as well, resize without a checkpoint, and wait for nodes that are 
 time-out (both seen in 2.60).
 """
 
+import contextlib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
 import ray
-from ray.train.v2.api.exceptions import TrainingFailedError
+from ray.exceptions import RayError
+from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
 
 from framework.checkpoint import Checkpoints
 from framework.cluster import ClusterConfig, leaving_nodes, room
 from framework.storage import Store
-from framework.train.failures import Patience
+from framework.train.failures import Patience, Superseded
 from framework.train.fence import Fence, begin_attempt
 from framework.train.progress import Interrupts, Line, Stopped, follow, make_board
 
@@ -40,11 +42,24 @@ class Attempts:
     show: Callable[[Line], None]
     check: Callable[[], None]
     fit: Callable[[int, Fence, int, Any], object]
-    _patience: Patience = field(init=False)
+    _fence: Fence | None = None
     _gone: frozenset[str] = frozenset()  # nodes that are to be left
+    # Nodes on which a group of so many workers, and no more, may start: others had no room.
+    _cap: tuple[frozenset[str], int] | None = None
 
     def __post_init__(self) -> None:
         self._patience = Patience(self.cluster.max_failures)
+        self._committed = self._latest_step()
+
+    def is_newest(self) -> bool:
+        """Whether no other driver has begun an attempt since."""
+        if self._fence is None:
+            return True
+        try:
+            self._fence.check()
+        except (Superseded, OSError):
+            return False
+        return True
 
     def to_the_end(self) -> None:
         """Return when the last step is committed.
@@ -62,14 +77,15 @@ class Attempts:
     def _attempt(self, num_workers: int, restarts: int, interrupts: Interrupts) -> bool:
         """Whether the run is done."""
         board = make_board()
-        fence = begin_attempt(self.run, num_workers)
-        watch = _NodeWatch(self.cluster, num_workers, self._gone)
+        fence = self._fence = begin_attempt(self.run, num_workers)
+        watch = _NodeWatch(self.cluster, num_workers, self._gone, self._room)
 
         def wish() -> str:
             self.check()
             return watch.wish()
 
-        died: TrainingFailedError | None = None
+        died: Exception | None = None
+        refusal, left = None, ""
         try:
             follow(
                 board,
@@ -78,46 +94,59 @@ class Attempts:
                 interrupts,
                 wish,
             )
-        except TrainingFailedError as error:
+        except (TrainingFailedError, RayError) as error:
             died = error
         self._gone = watch.gone
-        refusal, left = ray.get([board.refusal.remote(), board.left.remote()])
+        with contextlib.suppress(RayError):
+            refusal, left = ray.get([board.refusal.remote(), board.left.remote()], timeout=60)
         ray.kill(board)
         if refusal:
             raise ValueError(refusal) from died
-        committed = self._committed()
-        if committed == self.num_steps:
+        before, self._committed = self._committed, self._latest_step()
+        if self._committed == self.num_steps:
             return True
         if interrupts.count:
-            at = f"at step {committed}, committed" if committed else "before its first step"
+            at = f"at step {self._committed}, committed" if self._committed else "before step 1"
             raise Stopped(f"stopped {at}; the same command goes on with it")
-        if died is None or left:
-            why = left or "the workers left"
-            self.show({"text": f"{why}; step {committed} is committed, starting again"})
+        if died is None and self._committed > before:
+            self.show({"text": f"{left}; step {self._committed} is committed, starting again"})
             return False
-        if self._patience.is_over(committed):
+        if isinstance(died, ControllerError) and self.cluster.min_workers < num_workers:
+            self._cap = (_standing_nodes(), max(self.cluster.min_workers, num_workers // 2))
+        words = _first_words(died) if died is not None else left or "the workers left"
+        if self._patience.is_over(self._committed):
             raise SystemExit(
                 f"training failed in {self.run.url}, {self._patience.count} times in a row without "
-                f"a checkpoint between (cluster.max_failures={self.cluster.max_failures}): {died}"
+                f"a checkpoint between (cluster.max_failures={self.cluster.max_failures}): "
+                f"{died or words}"
             ) from died
         self.show(
             {
-                "text": f"{_first_words(died)}; starting again from step {committed} (failure "
+                "text": f"{words}; starting again from step {self._committed} (failure "
                 f"{self._patience.count} of {self.cluster.max_failures} allowed in a row)"
             }
         )
         return False
 
-    def _committed(self) -> int:
-        return (Checkpoints(self.run.child("checkpoints")).committed_steps() or [0])[-1]
+    def _latest_step(self) -> int:
+        latest = Checkpoints(self.run.child("checkpoints")).latest()
+        return latest.step if latest is not None else 0
+
+    def _room(self) -> int:
+        """For how many workers there is room, as far as is known."""
+        has = room(self.cluster, self._gone)
+        if self._cap is not None and self._cap[0] == _standing_nodes():
+            return min(has, self._cap[1])
+        return has
 
     def _wait_for_room(self, interrupts: Interrupts) -> int:
         """The number of workers to start; SystemExit where there is no room for the fewest."""
         fewest, told = self.cluster.min_workers, -1
-        deadline = time.monotonic() + self.cluster.wait_for_room_s
+        patience_s = self.cluster.wait_for_room_s
+        deadline = time.monotonic() + patience_s
         while True:
             self._gone |= leaving_nodes()
-            has = room(self.cluster, self._gone)
+            has = self._room()
             if has >= fewest:
                 return has
             if interrupts.count:
@@ -125,8 +154,8 @@ class Attempts:
             self.check()
             if time.monotonic() > deadline:
                 raise SystemExit(
-                    f"{self.run.url}: no room for {fewest} workers in {self.cluster.wait_for_room_s:g} "
-                    f"s, only for {has}; add nodes, or let it go on with fewer by "
+                    f"{self.run.url}: no room for {fewest} workers in {patience_s:g} s, only for "
+                    f"{has}; add nodes, or let it go on with fewer by "
                     f"cluster.num_workers=[{max(has, 1)},{self.cluster.max_workers}]"
                 )
             if told != has:
@@ -138,28 +167,42 @@ class Attempts:
 class _NodeWatch:
     """Whether the workers should leave, for nodes that go or come."""
 
-    def __init__(self, cluster: ClusterConfig, num_workers: int, gone: frozenset[str]) -> None:
-        self._cluster, self._num_workers = cluster, num_workers
+    def __init__(
+        self,
+        cluster: ClusterConfig,
+        num_workers: int,
+        gone: frozenset[str],
+        room_now: Callable[[], int],
+    ) -> None:
+        self._cluster, self._num_workers, self._room_now = cluster, num_workers, room_now
         self.gone = gone
-        self._began = self._looked = time.monotonic()
+        self._looked = time.monotonic()
+        self._seen = num_workers  # room for so many, since then
+        self._since = self._looked
 
     def wish(self) -> str:
-        """Why to leave; empty while there is no reason."""
+        """Why to leave; empty while there is no reason, or the head cannot be asked."""
         now = time.monotonic()
         if now - self._looked < LOOK_EVERY_S:
             return ""
         self._looked = now
-        if new := leaving_nodes() - self.gone:
-            self.gone |= new
-            if len(ray.nodes()) > 1:
+        with contextlib.suppress(RayError):
+            if new := leaving_nodes() - self.gone:
+                self.gone |= new
                 return f"a node is being drained ({', '.join(sorted(n[:8] for n in new))})"
-        may_grow = now - self._began >= self._cluster.grow_after_s
-        if may_grow and (has := room(self._cluster, self.gone)) > self._num_workers:
-            return f"there is room for {has} workers now, {self._num_workers} train"
+            if (has := self._room_now()) != self._seen:
+                self._seen, self._since = has, now
+            # Nodes come one by one: wait until there are no more.
+            if has > self._num_workers and now - self._since >= self._cluster.grow_after_s:
+                return f"there is room for {has} workers now, {self._num_workers} train"
         return ""
 
 
-def _first_words(error: TrainingFailedError, limit: int = 200) -> str:
+def _standing_nodes() -> frozenset[str]:
+    return frozenset(node["NodeID"] for node in ray.nodes() if node["Alive"])
+
+
+def _first_words(error: Exception, limit: int = 200) -> str:
     """Who died of what, in one line."""
     failures = getattr(error, "worker_failures", None)
     if failures:

@@ -8,17 +8,22 @@ Invariant: rank 0 sets the marker after every rank has written, and only while t
 run's newest.
 """
 
+import contextlib
 import time
+import traceback
 from collections.abc import Callable
+from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 from torch import distributed
+from torch.distributed.checkpoint import CheckpointException
 
 from framework.checkpoint import Checkpoints
-from framework.storage import Store, is_transient
+from framework.storage import Store
 from framework.train.engine import Engine, Snapshot
+from framework.train.failures import SaveFailed, may_pass
 from framework.train.fence import Fence
 from framework.train.report import Reporter, Segment, clear_segments
 
@@ -27,12 +32,12 @@ MAX_FAILED_SAVES = 3  # in a row; chosen by hand
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint that was written, or was not: then `errors` says why, of every rank alike."""
+    """A checkpoint that was written, or was not: then `error` says why, on every rank alike."""
 
     step: int
     write_s: float
     segment: Segment
-    errors: list[BaseException]
+    error: SaveFailed | None
 
 
 class Committer:
@@ -51,14 +56,16 @@ class Committer:
         milestone_every: int,
         extra_files: Callable[[], dict[str, bytes]],
         on_end: Callable[[Saved], None],
+        beat: Callable[[], None],
     ) -> None:
-        """`extra_files`: what rank 0 writes into the run's folder with each checkpoint. `on_end` is
-        called in the caller's thread when a save has ended, one way or the other."""
+        """`extra_files`: what this rank writes into the run's folder with each checkpoint. `on_end`
+        is called in the caller's thread when a save has ended, one way or the other; `beat` while
+        that thread waits for one."""
         self._run, self._checkpoints = run, Checkpoints(run.child("checkpoints"))
         self._engine, self._reporter, self._fence = engine, reporter, fence
         self._rank, self._dp_size = rank, dp_size
         self._keep, self._milestone_every = keep, milestone_every
-        self._extra_files, self._on_end = extra_files, on_end
+        self._extra_files, self._on_end, self._beat = extra_files, on_end, beat
         self._thread = ThreadPoolExecutor(1, "commit")
         self._pending: Future[Saved] | None = None
         self._failed = 0
@@ -86,17 +93,18 @@ class Committer:
         pending, self._pending = self._pending, None
         if pending is None:
             return None
+        while not pending.done():
+            self._beat()  # a slow store is no hang
+            futures.wait([pending], timeout=1.0)
         saved = pending.result()
         self._on_end(saved)
-        if not saved.errors:
+        if saved.error is None:
             self._failed = 0
             return saved
         self._failed += 1
         self._reporter.give_back(saved.segment)
-        first = saved.errors[0]
-        may_end = isinstance(first, OSError) and is_transient(first)
-        if not may_end or self._failed >= MAX_FAILED_SAVES:
-            raise first
+        if not saved.error.passing or self._failed >= MAX_FAILED_SAVES:
+            raise saved.error
         return saved
 
     def finish(self, step: int, meta: Callable[[], dict[str, Any]]) -> None:
@@ -104,8 +112,8 @@ class Committer:
         self.save(step, meta)
         saved = self.wait()
         assert saved is not None
-        if saved.errors:
-            raise saved.errors[0]
+        if saved.error is not None:
+            raise saved.error
 
     def close(self) -> None:
         """Write nothing more; a save under way is left to itself."""
@@ -122,46 +130,54 @@ class Committer:
             self._checkpoints.begin(step)
             clear_segments(self._run, step)
 
-        def write() -> None:
-            segment.write(self._run, step, self._rank)
-
-        def commit() -> None:
-            for name, data in self._extra_files().items():
-                self._run.write(name, data)
-            self._fence.check()
-            self._checkpoints.commit(step, meta)
-            self._checkpoints.retain(self._keep, self._milestone_every)
-
         def state() -> None:
             snapshot.write(folder, self._fence.attempt)
 
+        def write() -> None:
+            segment.write(self._run, step, self._rank)
+            for name, data in self._extra_files().items():
+                self._run.write(name, data)
+
+        def commit() -> None:
+            self._fence.check()
+            self._checkpoints.commit(step, meta)
+
+        def retain() -> None:
+            with contextlib.suppress(OSError):  # the next time is as good
+                self._checkpoints.retain(self._keep, self._milestone_every)
+
         # In turn, each after all ranks have ended the one before.
         phases = ((begin, True), (state, False), (write, False), (commit, True))
-        errors: list[BaseException] = []
+        error: SaveFailed | None = None
         for action, only_first in phases:
-            if not errors:
-                errors = self._together(action if self._rank == 0 or not only_first else None)
+            if error is None:
+                error = self._together(action if self._rank == 0 or not only_first else None)
         snapshot.drop()
-        return Saved(step, time.perf_counter() - began, segment, errors)
+        if error is None and self._rank == 0:
+            retain()
+        return Saved(step, time.perf_counter() - began, segment, error)
 
-    def _together(self, action: Callable[[], None] | None) -> list[BaseException]:
-        """Do it, and hear how the others fared: what was raised on any rank, on each."""
-        error: BaseException | None = None
+    def _together(self, action: Callable[[], None] | None) -> SaveFailed | None:
+        """Do it, and hear how the others fared: the first rank's trouble, on each rank."""
+        mine: tuple[str, bool] | None = None
         try:
             if action is not None:
                 action()
-        except Exception as raised:
-            error = _plain(raised)
-        if self._dp_size == 1:
-            return [] if error is None else [error]
-        found: list[Any] = [None] * self._dp_size
-        distributed.all_gather_object(found, error, group=self._engine.group)
-        return [error for error in found if error is not None]
+        except (Exception, CheckpointException) as error:  # torch's is no Exception
+            traceback.print_exc()
+            mine = (_words(error), may_pass(error))
+        found: list[Any] = [mine] * self._dp_size
+        if self._dp_size > 1:
+            distributed.all_gather_object(found, mine, group=self._engine.group)
+        failed = [(rank, *told) for rank, told in enumerate(found) if told is not None]
+        if not failed:
+            return None
+        rank, words, _ = failed[0]
+        return SaveFailed(f"rank {rank}: {words}", all(passing for _, _, passing in failed))
 
 
-def _plain(error: BaseException) -> BaseException:
-    """What torch's checkpoint wraps, taken out; without a traceback, to travel between ranks."""
-    failures = getattr(error, "failures", None)
-    if failures:  # CheckpointException: rank -> (exception, traceback)
-        error = next(iter(failures.values()))[0]
-    return error.with_traceback(None)
+def _words(error: BaseException) -> str:
+    """An error, taken out of what torch's checkpoint wraps around it."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    return f"{type(error).__name__}: {error}"

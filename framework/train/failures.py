@@ -10,6 +10,7 @@ import traceback
 import ray
 import torch
 from torch import distributed
+from torch.distributed.checkpoint import CheckpointException
 
 from framework.storage import is_transient
 from framework.train.watchdog import Hung
@@ -22,7 +23,6 @@ _COLLECTIVE_WORDS = (
     "Connection reset by peer",
     "Broken pipe",
     "Timed out waiting",
-    "CheckpointException",
     "CUDA error",  # of the device, not its memory: that is torch.OutOfMemoryError
 )
 
@@ -31,18 +31,30 @@ class Superseded(RuntimeError):
     """Another attempt of this run has begun: this one must write nothing more."""
 
 
+class SaveFailed(RuntimeError):
+    """A checkpoint could not be written, on some rank; all ranks raise it alike."""
+
+    def __init__(self, words: str, passing: bool) -> None:
+        super().__init__(words)
+        self.passing = passing
+
+
 def may_pass(error: BaseException) -> bool:
     """Whether the same command may succeed when it is tried again."""
     if isinstance(error, ray.exceptions.RayTaskError) and isinstance(error.cause, BaseException):
         return may_pass(error.cause)  # of a task that read data
+    if isinstance(error, CheckpointException):  # what ranks raised in a save or a load, by rank
+        return all(may_pass(raised) for raised, _ in error.failures.values())
+    if isinstance(error, SaveFailed):
+        return error.passing
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return False
     if isinstance(error, OSError):
         return is_transient(error)
     if isinstance(error, Hung | distributed.DistError | ray.exceptions.RayError):
         return True
-    if type(error).__name__ == "CheckpointException":  # torch's, of what any rank raised in a save
-        return True
+    if "device-side assert" in str(error):  # an index out of range, in somebody's code
+        return False
     is_plain = isinstance(error, RuntimeError)
     return is_plain and any(word in str(error) for word in _COLLECTIVE_WORDS)
 

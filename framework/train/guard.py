@@ -5,45 +5,45 @@ last `window` steps; 1.4826 times the median absolute deviation is one for a nor
 PaLM (Chowdhery et al. 2022, sec. 5.1) went back to a checkpoint before a spike and left out the
 batches around it: that is `rollback`.
 
-Invariant: a verdict is a function of the losses of earlier steps, which the ledger keeps; so a run
-that was interrupted judges as one that was not.
+Invariant: a verdict is a function of the steps before, of which a checkpoint keeps what counts; so
+a run that was interrupted judges as one that was not.
 """
 
 import math
 import statistics
 from collections import deque
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 Verdict = Literal["train", "skip", "rollback"]
 
 MIN_HISTORY = 16  # steps before anything can be called a spike
 NORMAL = 1.4826
+LEAST_DEVIATION = 0.01  # of the median; a loss that hardly moves makes no spike of a small step
 
 
 class Diverged(ArithmeticError):
-    """Too many steps in a row were no numbers."""
+    """Too many steps in a row could not be trained on."""
 
 
 @dataclass(frozen=True)
 class GuardConfig:
     """Rules for steps that went wrong.
 
-    A step with a loss or gradient that is not finite never changes the weights; more than
-    `max_non_finite` of them in a row end the run. `on_spike`: `train` on it as on any other,
-    `skip` its update, or `rollback` to the last checkpoint and come by it without the step itself
-    and the `rollback_steps - 1` before it.
+    A step with a loss or gradient that is not finite never changes the weights. `on_spike`: `train`
+    on it as on any other, `skip` its update, or `rollback` to the last checkpoint and come by it
+    without the step itself and up to `rollback_steps - 1` before it. More than `max_skipped` steps
+    in a row that changed nothing, for whatever reason, end the run.
     """
 
-    max_non_finite: int = 10
+    max_skipped: int = 10
     on_spike: Verdict = "train"
     spike_deviations: float = 8.0
     window: int = 128
     rollback_steps: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("max_non_finite", "rollback_steps"):
+        for name in ("max_skipped", "rollback_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.window < MIN_HISTORY:
@@ -55,11 +55,16 @@ class GuardConfig:
 class Guard:
     """Judges one step after another; every rank holds one and is told the same."""
 
-    def __init__(self, config: GuardConfig, losses: Iterable[float]) -> None:
-        """`losses`: of the steps before, as far as they trained, newest last."""
+    def __init__(self, config: GuardConfig, state: dict[str, Any] | None = None) -> None:
+        """`state`: what `state()` gave at the last checkpoint."""
+        state = state or {"losses": [], "skipped": 0}
         self._config = config
-        self._losses: deque[float] = deque(losses, maxlen=config.window)
-        self._non_finite = 0
+        self._losses: deque[float] = deque(state["losses"], maxlen=config.window)
+        self._skipped: int = state["skipped"]  # in a row
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps, as plain JSON."""
+        return {"losses": list(self._losses), "skipped": self._skipped}
 
     def judge(self, loss: float) -> Verdict:
         """What to do with a step of this loss, before its weights are updated.
@@ -70,21 +75,21 @@ class Guard:
             return self._config.on_spike
         return "train"
 
-    def learn(self, step: int, loss: float, is_finite: bool) -> None:
-        """Take a step that was trained on; Diverged where too many in a row were no numbers.
+    def learn(self, step: int, loss: float, skipped: str) -> None:
+        """Take a step that is over, with why it changed nothing, if so.
 
-        `is_finite`: whether its gradient was.
+        Diverged where too many in a row did not.
         """
-        if is_finite:
+        if not skipped:
             self._losses.append(loss)
-            self._non_finite = 0
+            self._skipped = 0
             return
-        self._non_finite += 1
-        if self._non_finite > self._config.max_non_finite:
+        self._skipped += 1
+        if self._skipped > self._config.max_skipped:
             raise Diverged(
-                f"the loss or its gradient was not finite in {self._non_finite} steps in a row, "
-                f"the last step {step} (train.guard.max_non_finite={self._config.max_non_finite}); "
-                "lower optimizer.lr, or look at the clips of these steps in the ledger"
+                f"{self._skipped} steps in a row changed no weight (the last, step {step}: "
+                f"{skipped}; train.guard.max_skipped={self._config.max_skipped}); lower "
+                "optimizer.lr, or look at their clips in failed/"
             )
 
     def _is_spike(self, loss: float) -> bool:
@@ -92,4 +97,5 @@ class Guard:
             return False
         median = statistics.median(self._losses)
         deviation = NORMAL * statistics.median(abs(value - median) for value in self._losses)
+        deviation = max(deviation, LEAST_DEVIATION * abs(median))
         return loss > median + self._config.spike_deviations * deviation

@@ -27,7 +27,7 @@ from framework.cluster import (
 )
 from framework.data.manifest import Manifest
 from framework.data.plan import Plan
-from framework.storage import Store
+from framework.storage import Store, be_patient
 from framework.tracking import Status
 from framework.train.attempts import Attempts
 from framework.train.config import RunSection, TrainConfig
@@ -99,7 +99,8 @@ def train(job: Job, show: Callable[[Line], None], store: Store) -> Result:
             show({"text": f"all {latest.step} steps are done already"})
             return Result(store, latest, latest.meta["tracker_run_id"], plan)
     connect(job.cluster)
-    check_room(job.cluster)
+    if job.cluster.standing_address is None:  # it will not grow
+        check_room(job.cluster)
     job.tracking.check(num_nodes())
     if num_nodes() > 1 and store.is_local:
         show({"text": f"note: {store.url} must be shared by all {num_nodes()} nodes"})
@@ -132,15 +133,14 @@ def train(job: Job, show: Callable[[Line], None], store: Store) -> Result:
     def fit(num_workers: int, fence: Fence, restarts: int, board: Any) -> None:
         _trainer(job.cluster, num_workers, store, args(fence, restarts, board)).fit()
 
+    be_patient()  # from here on a restart would cost more than to wait
     ahead = _PlanAhead(job, store)
     attempts = Attempts(store, job.cluster, job.train.steps, show, ahead.check, fit)
     try:
         attempts.to_the_end()
-    except Stopped:
-        _close(job, store, "KILLED")
-        raise
-    except (ValueError, OSError, SystemExit):
-        _close(job, store, "FAILED")
+    except BaseException as error:
+        if attempts.is_newest():  # else the run is another driver's
+            _close(job, store, "KILLED" if isinstance(error, Stopped) else "FAILED")
         raise
     checkpoint = Checkpoints(store.child("checkpoints")).latest()
     assert checkpoint is not None, store.url

@@ -78,16 +78,18 @@ def make_board() -> Any:
 
 
 class Wishes:
-    """Asks the board every second, in a thread, so that no step waits for the head."""
+    """Asks the board every second, in a thread, so that no step waits for the head; rank 0 does."""
 
     EVERY_S = 1.0
 
     def __init__(self, board: Any) -> None:
+        """`board`: None where there is nobody to ask, and no wish."""
         self._board, self._closed, self.wish = board, threading.Event(), ""
         self._thread = threading.Thread(target=self._run, name="wishes", daemon=True)
 
     def __enter__(self) -> "Wishes":
-        self._thread.start()
+        if self._board is not None:
+            self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -156,6 +158,7 @@ def follow(
             asked = why
             board.ask.remote(why)
         _show_lines(board, show)
+    _show_lines(board, show)  # what was told in the last second
     if raised:
         raise raised[0]
 

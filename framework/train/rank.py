@@ -1,5 +1,6 @@
 """One rank of a run: what it was given, its place among the others, how they agree."""
 
+import platform
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -101,22 +102,32 @@ class Rank:
         """
         steps = self.first_says(self.checkpoints.committed_steps)
         for step in reversed(steps):
-            try:
-                found, problem = self.checkpoints.get(step, (self.number, self.dp_size)), ""
-            except ValueError as error:
-                found, problem = None, str(error)
+            found, problem = self._look_at(step, (self.number, self.dp_size))
             problems = [text for text in self.everyone(problem) if text]
             if not problems:
                 return found
-            self.tell({"text": f"checkpoint refused: {problems[0]}; taking the one before"})
+            # A machine without the shared folder must not have its say on what is in it.
+            own = self.first_says(lambda step=step: self._look_at(step, (0, 1))[1])
+            if not own:
+                raise OSError(f"rank 0 finds it whole, another rank does not: {problems[0]}")
+            self.tell({"text": f"checkpoint refused: {own}; taking the one before"})
             if self.is_first:
-                self.checkpoints.refuse(step, problems[0])
+                self.args.fence.check()
+                self.checkpoints.refuse(step, own)
         if steps:
             raise ValueError(
                 f"none of the checkpoints in {self.checkpoints.store.url} is whole; put one back, "
                 "or start over by run.fresh=true"
             )
         return None
+
+
+    def _look_at(self, step: int, share: tuple[int, int]) -> tuple[Checkpoint | None, str]:
+        """A checkpoint of which this share of the files is whole, or what is wrong with it."""
+        try:
+            return self.checkpoints.get(step, share), ""
+        except ValueError as error:
+            return None, f"{error} (seen from {platform.node()})"
 
 
 def everyone(mine: T, dp_size: int) -> list[T]:

@@ -37,58 +37,24 @@ def ledger_name(step: int, rank: int) -> str:
 def read_ledger(run: Store) -> dict[int, dict[str, Any]]:
     """step -> {"clips": sorted ids over all ranks, "loss": float}, up to the last checkpoint.
 
-    `run` is the run's folder. A segment whose checkpoint was not committed may lack a rank, and its
-    steps will be done again: it does not count.
+    `run` is the run's folder. A segment whose checkpoint was not committed may lack a rank; its
+    steps are told again by a newer segment, or will be: so the newest segment counts.
     """
     committed = Checkpoints(run.child("checkpoints")).committed_steps()
     steps: dict[int, dict[str, Any]] = {}
-    for name in run.list("ledger"):
+    told_by: dict[int, int] = {}  # step -> the segment that tells it
+    for name in run.list("ledger"):  # older segments come first
         segment = int(name.split("/")[1].removeprefix("step-"))
         if not committed or segment > committed[-1]:
             continue
         for line in run.read(name).decode().splitlines():
             row = json.loads(line)
-            entry = steps.setdefault(row["step"], {"clips": [], "loss": row["loss"]})
+            if told_by.get(row["step"]) != segment:
+                steps[row["step"]] = {"clips": [], "loss": row["loss"]}
+                told_by[row["step"]] = segment
+            entry = steps[row["step"]]
             entry["clips"] = sorted(entry["clips"] + row["clips"])
     return steps
-
-
-def recent_losses(run: Store, before: int, count: int) -> list[float]:
-    """Losses of the last `count` steps before step `before` that were trained on, newest last."""
-    losses: dict[int, float] = {}
-    for name in reversed(run.list("ledger")):
-        ends = int(name.split("/")[1].removeprefix("step-"))
-        if ends > before or not name.endswith("/rank-00000.jsonl"):
-            continue
-        for line in run.read(name).decode().splitlines():
-            row = json.loads(line)
-            if row["loss"] is not None and "skipped" not in row:
-                losses[row["step"]] = row["loss"]
-        if len(losses) >= count:
-            break
-    return [loss for _, loss in sorted(losses.items())][-count:]
-
-
-@dataclass(frozen=True)
-class Segment:
-    """One rank's account of the steps since the last checkpoint."""
-
-    rows: list[dict[str, Any]]
-    failed: list[str]
-
-    def write(self, run: Store, step: int, rank: int) -> None:
-        """Write it under the name of the checkpoint of `step`, with its quarantine."""
-        text = "".join(json.dumps(row) + "\n" for row in self.rows)
-        run.write(ledger_name(step, rank), text.encode())
-        if self.failed:
-            name = f"quarantine/step-{step:08d}/rank-{rank:05d}.json"
-            run.write(name, json.dumps(self.failed, indent=1).encode())
-
-
-def clear_segments(run: Store, step: int) -> None:
-    """Delete what an earlier attempt, maybe of more ranks, wrote for the checkpoint of `step`."""
-    for folder in ("ledger", "quarantine"):
-        run.delete_folder(f"{folder}/step-{step:08d}")
 
 
 def segment_loss(run: Store, step: int) -> tuple[int, float] | None:
@@ -220,7 +186,7 @@ class Reporter:
     def flush(self) -> None:
         """Gather over ranks what happened since the last call; log it, add it to the ledger.
 
-        RuntimeError where more than `max_lost_share` of the tokens are of clips that failed.
+        ValueError where more than `max_lost_share` of the tokens are of clips that failed.
         """
         steps, self._pending = self._pending, []
         if not steps:
@@ -288,6 +254,10 @@ class Reporter:
         segment = Segment(self._rows, self._failed)
         self._rows, self._failed = [], []
         return segment
+
+    def open_segment(self) -> Segment:
+        """What is not written yet, where no other rank can be asked any more."""
+        return Segment([*self._rows, *(step.row() for step in self._pending)], self._failed)
 
     def give_back(self, segment: Segment) -> None:
         """The checkpoint that this was taken for was not committed: the next one tells it."""

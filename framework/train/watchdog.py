@@ -14,7 +14,7 @@ from collections.abc import Callable
 EXIT_CODE = 70  # EX_SOFTWARE of sysexits.h
 # A thread that holds the interpreter's lock keeps the watchdog's own thread from running; then
 # faulthandler's, which is plain C, ends the process this much later.
-LAST_RESORT = 1.5
+LAST_RESORT = 2.0
 
 
 class Hung(RuntimeError):
@@ -52,8 +52,10 @@ class Watchdog:
     def _watch(self) -> None:
         while not self._done.wait(max(0.1, self._last + self._timeout_s - time.monotonic())):
             if time.monotonic() - self._last >= self._timeout_s:
-                self._report(stacks())
-                os._exit(EXIT_CODE)
+                try:
+                    self._report(stacks())
+                finally:
+                    os._exit(EXIT_CODE)
 
 
 def stacks() -> str:

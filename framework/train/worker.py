@@ -4,6 +4,7 @@ The same function serves CPU ranks on gloo and GPU ranks on NCCL. A restart asks
 latest committed checkpoint, never Ray: Ray's controller may not have heard of the newest one.
 """
 
+import contextlib
 import gc
 import traceback
 from functools import partial
@@ -20,10 +21,12 @@ from framework.data.plan import Plan
 from framework.data.stream import open_stream
 from framework.logs import RunLog
 from framework.storage import Store, be_patient
+from framework.tracking import NoTracker, Tracker
 from framework.train.engine import Engine
 from framework.train.failures import may_pass, words_of
 from framework.train.preflight import check_workers, refusal, show_checks
 from framework.train.rank import Rank, WorkerArgs
+from framework.train.run_tracker import open_tracker
 from framework.train.session import Session
 from framework.train.watchdog import Watchdog
 from framework.train.worst import try_worst_packs, worst_packs
@@ -34,8 +37,10 @@ def work(args: WorkerArgs) -> None:
 
     What another attempt would not change is told to the driver, which then makes none.
     """
-    rank = _set_up(args)
+    log: RunLog | None = None
     try:
+        rank = _set_up(args)
+        log = rank.log
         with Watchdog(args.train.hang_timeout_s, rank.report_hang) as watchdog:
             _work(rank, watchdog)
     except BaseException as error:
@@ -44,36 +49,45 @@ def work(args: WorkerArgs) -> None:
             ray.get(args.board.refuse.remote(words_of(error)))
         raise
     finally:
-        rank.log.save()
+        if log is not None:
+            with contextlib.suppress(OSError):  # it must not stand in for what was raised
+                log.save()
 
 
 def _work(rank: Rank, watchdog: Watchdog) -> None:
     args = rank.args
+    if args.restarts:
+        be_patient()
     checks = check_workers(rank.store, args.shards_url, args.first_shard, rank.device)
     if rank.is_first:
         show_checks(checks, "workers", lambda text: rank.tell({"text": text}))
-    if why := refusal(checks):  # found alike on all ranks; a restart would find it again
-        ray.get(args.board.refuse.remote(why))
-        return
+    if why := refusal(checks):
+        # What was right at the first start may be right again at the next.
+        raise OSError(why) if args.restarts else ValueError(why)
     be_patient()
+    tracker: Tracker = NoTracker()
+    if rank.is_first:
+        tracker = open_tracker(args.tracking, rank.store, args.run_name, "rank-0")
 
     reader, steps = args.assembly.reader(args.shards_url), args.train.steps
     engine: Engine | None = None
     again = True
     while again:
+        watchdog.beat()
         latest = rank.latest_checkpoint()
+        watchdog.beat()
         start = 0 if latest is None else latest.step
         with open_stream(
             rank.plan, reader, args.stream, start, steps, rank.number, rank.dp_size
         ) as stream:  # the first steps are fetched and decoded while the engine is built
             if engine is None:
                 rank.tell({"stage": "building the engine"})
-                engine = _build_engine(rank, reader, is_fresh=latest is None)
+                engine = _build_engine(rank, reader, watchdog, is_fresh=latest is None)
             if latest is not None:
                 engine.load(latest.store)
             watchdog.beat()
             rank.tell({"stage": "training", "step": start, "resumed": latest is not None})
-            again = Session(rank, engine, watchdog, latest).run(stream)
+            again = Session(rank, engine, watchdog, tracker, latest).run(stream)
 
 
 def _set_up(args: WorkerArgs) -> Rank:
@@ -96,7 +110,7 @@ def _set_up(args: WorkerArgs) -> Rank:
     )
 
 
-def _build_engine(rank: Rank, reader: ClipReader, is_fresh: bool) -> Engine:
+def _build_engine(rank: Rank, reader: ClipReader, watchdog: Watchdog, is_fresh: bool) -> Engine:
     """The engine at step 0; before that, one that is tried on the worst that the plan may bring."""
     args = rank.args
 
@@ -114,6 +128,7 @@ def _build_engine(rank: Rank, reader: ClipReader, is_fresh: bool) -> Engine:
         objective = args.assembly.build_objective()
         try_worst_packs(build(), objective, packs, rank.device, packs_per_step=per_step)
         gc.collect()
+        watchdog.beat()
         if rank.device.type == "cuda":
             torch.cuda.empty_cache()
     return build()
