@@ -133,7 +133,7 @@ def _memory(job: Job, tokens: int, num_gpus: int, policy: CheckpointPolicy) -> M
     if not isinstance(model, DiTConfig):
         return None
     engine: Any = job.engine
-    stage = 3 if hasattr(engine, "bucket_numel") else 0
+    stage = getattr(engine, "stage", 0)  # the plain engine's
     return training_memory(
         model,
         job.assembly.num_parameters(),

@@ -63,8 +63,10 @@ class ZeroConfig:
     `offload`: what stage 3 keeps in the CPU's memory, from where it is slow to fetch: "optimizer"
     (float32 weights, moments, EMA; the CPU updates them), "all" (these and the shards of what the
     model computes with) or "none".
-    `bucket_numel`: values gathered ahead, and values reduced, in one collective; less where the
-    model is smaller. `persistence_threshold`: parameters of up to so many values stay gathered
+    `bucket_numel`: values gathered ahead, and values reduced, in one collective; never more than
+    the model has. `max_live_numel`: values gathered at a time in stage 3. Both follow from the
+    model where they are not given, see `derive_sizes`.
+    `persistence_threshold`: parameters of up to so many values stay gathered
     between steps. `overlap_comm`: communicate beside computing (CUDA only).
     `memory_efficient_linear`: replaces torch's linear function, in the whole process, by one that
     does not hold on to gathered weights; for large models without activation checkpointing.
@@ -74,7 +76,8 @@ class ZeroConfig:
     dtype: str = "fp32"
     ema_decay: float = 0.999
     offload: str = "none"
-    bucket_numel: int = 50_000_000
+    bucket_numel: int | None = None
+    max_live_numel: int | None = None
     persistence_threshold: int = 0
     overlap_comm: bool = True
     memory_efficient_linear: bool = False
@@ -91,8 +94,9 @@ class ZeroConfig:
             raise ValueError(
                 f"offload={self.offload!r} wants stage=3, which is {self.stage}; try offload=none"
             )
-        if self.bucket_numel < 1:
-            raise ValueError(f"bucket_numel={self.bucket_numel} must be at least 1; try 50000000")
+        for name in ("bucket_numel", "max_live_numel"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1; leave it out to derive it")
         if self.persistence_threshold < 0:
             raise ValueError(f"persistence_threshold={self.persistence_threshold} must be >= 0")
 
@@ -114,6 +118,30 @@ class ZeroConfig:
             plain = PlainConfig(self.dtype, self.ema_decay)
             return plain.build(model_factory, optimizer, num_steps, device)
         return ZeroEngine(self, model_factory, optimizer, num_steps, device)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """In values, not bytes: of collectives, and of what stage 3 holds gathered."""
+
+    reduced: int
+    gathered: int
+    live: int
+
+
+def derive_sizes(config: ZeroConfig, numel: int, block_numel: int) -> Sizes:
+    """Sizes for a model of `numel` values, the largest block of which has `block_numel`.
+
+    Few collectives are better than many (see above), so that a small model is gathered, and its
+    gradient reduced, in one. From 50 million values on, which are 100 MB in bf16, a collective's
+    latency is nothing beside its transfer: chosen by hand, and 10^9 is DeepSpeed's default.
+    A block is gathered as a whole. Therefore what is gathered ahead has room for the next one, and
+    what is live for the one that computes beside it, however large blocks are.
+    """
+    reduced = config.bucket_numel or 50_000_000
+    gathered = config.bucket_numel or max(reduced, block_numel)
+    live = config.max_live_numel or max(1_000_000_000, block_numel + gathered)
+    return Sizes(min(reduced, numel), min(gathered, numel), min(live, numel))
 
 
 class ZeroEngine:
@@ -148,7 +176,9 @@ class ZeroEngine:
         self.model, _, _, _ = deepspeed.initialize(
             model=module,
             optimizer=optimizer.build(self.params.items()),
-            config=self._settings(device, sum(self.numels.values()), config.dtype),
+            config=self._settings(
+                device, config.dtype, sum(self.numels.values()), _largest_block(module)
+            ),
         )
         self.zero = self.model.optimizer
         self.stage: Stage = (
@@ -179,7 +209,7 @@ class ZeroEngine:
         """The module as stage 3 wants it, and this rank's initial float32 shards."""
         # No overrides: tensors made in constructors stay float32, and on the CPU until cut.
         init = deepspeed.zero.Init(
-            config_dict_or_path=self._settings(device, 1, "fp32"),
+            config_dict_or_path=self._settings(device, "fp32"),
             dtype=torch.float32,
             tensor_overrides=[],
         )
@@ -192,11 +222,9 @@ class ZeroEngine:
             shard: Any = parameter.ds_tensor  # type: ignore[attr-defined]  # DeepSpeed's
             initial[name] = shard.clone()
             parameter.data, shard.data = parameter.data.to(dtype), shard.data.to(dtype)
-        for blocks in module.modules():
-            if isinstance(blocks, nn.ModuleList):
-                for block in blocks:
-                    deepspeed.utils.set_z3_leaf_module(block, True)
-                    block.register_forward_pre_hook(_check_leaf_inputs, with_kwargs=True)
+        for block in _blocks(module):
+            deepspeed.utils.set_z3_leaf_module(block, True)
+            block.register_forward_pre_hook(_check_leaf_inputs, with_kwargs=True)
         return module, initial
 
     def _pieces(self, flats: list[Tensor]) -> dict[str, Piece]:
@@ -205,15 +233,18 @@ class ZeroEngine:
             for name, place in self.stage.places.items()
         }
 
-    def _settings(self, device: torch.device, numel: int, dtype: str) -> dict[str, Any]:
+    def _settings(
+        self, device: torch.device, dtype: str, numel: int = 1, block_numel: int = 1
+    ) -> dict[str, Any]:
         config, on_gpu = self.config, device.type == "cuda"
-        bucket = min(config.bucket_numel, numel)
+        sizes = derive_sizes(config, numel, block_numel)
         by_stage: dict[str, Any] = {
-            "allgather_bucket_size": bucket + bucket % 2,  # it wants an even one
+            "allgather_bucket_size": sizes.gathered + sizes.gathered % 2,  # it wants an even one
         }
         if config.stage == 3:
             by_stage = {
-                "stage3_prefetch_bucket_size": bucket,
+                "stage3_prefetch_bucket_size": sizes.gathered,
+                "stage3_max_live_parameters": sizes.live,
                 "stage3_param_persistence_threshold": config.persistence_threshold,
                 "memory_efficient_linear": config.memory_efficient_linear,
             }
@@ -240,7 +271,7 @@ class ZeroEngine:
                 # Stage 1 reduces at the step: there is nothing to overlap it with.
                 "overlap_comm": config.overlap_comm and on_gpu and config.stage > 1,
                 "reduce_scatter": on_gpu,
-                "reduce_bucket_size": bucket,
+                "reduce_bucket_size": sizes.reduced,
                 **by_stage,
             },
         }
@@ -319,6 +350,16 @@ class ZeroEngine:
             state |= {f"{kind}.{name}": piece for name, piece in self.state[kind].items()}
         buffers = persistent_buffers(self.model.module)
         return state | {name: buffer.view(-1) for name, buffer in buffers.items()}
+
+
+def _blocks(module: nn.Module) -> list[nn.Module]:
+    return [block for m in module.modules() if isinstance(m, nn.ModuleList) for block in m]
+
+
+def _largest_block(module: nn.Module) -> int:
+    """In values; 0 where there are no blocks."""
+    numels = (sum(map(math.prod, shapes_of(block).values())) for block in _blocks(module))
+    return max(numels, default=0)
 
 
 def _import_deepspeed(device: torch.device) -> Any:

@@ -24,7 +24,7 @@ from framework.storage import Store
 from framework.train.engine import KINDS, Engine
 from framework.train.optimizer import AdamWConfig
 from framework.train.plain import PlainConfig
-from framework.train.zero import ZeroConfig
+from framework.train.zero import Sizes, ZeroConfig, derive_sizes
 
 CPU = torch.device("cpu")
 WIDTH, PACKS, STEPS, SAVED = 16, 4, 5, 3
@@ -586,6 +586,17 @@ def test_plain_without_a_process_group_is_adamw(tmp_path: Path) -> None:
     other = build("plain")
     other.load(Store(tmp_path))
     assert all_equal(other.full_state("ema"), engine.full_state("ema"))
+
+
+def test_sizes_follow_from_the_model() -> None:
+    config = ZeroConfig()
+    assert derive_sizes(config, 2_000_000, 150_000) == Sizes(2_000_000, 2_000_000, 2_000_000)
+    large = derive_sizes(config, 14_000_000_000, 340_000_000)
+    assert large == Sizes(50_000_000, 340_000_000, 1_000_000_000)
+    huge = derive_sizes(config, 90_000_000_000, 900_000_000)
+    assert huge.live == 1_800_000_000
+    given = ZeroConfig(bucket_numel=1000, max_live_numel=5000)
+    assert derive_sizes(given, 2_000_000, 150_000) == Sizes(1000, 1000, 5000)
 
 
 def test_configs_refuse_nonsense() -> None:
