@@ -13,6 +13,7 @@ Invariant: the index is written last and names each file with its size and check
 
 import hashlib
 import json
+import logging
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -43,6 +44,8 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, W
 from torch.futures import Future
 
 from framework.storage import Store
+
+log = logging.getLogger(__name__)
 
 FORMAT = 1
 INDEX = "state/index.json"
@@ -132,10 +135,12 @@ def load_state(
 ) -> None:
     """Fill `state`'s tensors in place from what `save_state` wrote; all ranks call it together.
 
-    `alone`: this process loads by itself, even if it belongs to a process group. ValueError where
-    the checkpoint has other tensors than the model, or tensors of other shapes.
+    `alone`: this process loads by itself, even if it belongs to a process group. Where there is no
+    moving average of the weights (`ema.*`), the weights stand for it, with a warning. ValueError
+    where the checkpoint has other tensors than the model, or tensors of other shapes.
     """
     reader = _StoreReader(store)
+    _let_weights_stand_for_ema(reader.index["tensors"], state, store.url)
     _check_shapes(reader.index, state, shapes, store.url)
     _silence_single_process()
     dcp.load(
@@ -164,6 +169,17 @@ def _check_shapes(
     missing = sorted(state.keys() - index["tensors"].keys())
     if missing:
         raise ValueError(f"{url} does not hold {missing[0]} and {len(missing) - 1} more tensors")
+
+
+def _let_weights_stand_for_ema(
+    saved: dict[str, Any], wanted: Mapping[str, Tensor | Piece], url: str
+) -> None:
+    missing = [n for n in wanted if n.startswith("ema.") and n not in saved]
+    for name in missing:
+        if (weights := "weights." + name.removeprefix("ema.")) in saved:
+            saved[name] = saved[weights]
+    if missing:
+        log.warning("%s holds no moving average: it is taken to be the weights", url)
 
 
 def _silence_single_process() -> None:

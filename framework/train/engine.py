@@ -18,6 +18,7 @@ from framework.train.snapshot import Snapshot
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # What is kept of each parameter, in float32. A checkpoint holds it as `<kind>.<parameter name>`.
+# With ema_decay=0 there is no "ema": nothing is kept, and the weights stand for it.
 KINDS = ("weights", "exp_avg", "exp_avg_sq", "ema")
 
 
@@ -76,7 +77,10 @@ class Engine(Protocol):
         ...
 
     def full_state(self, which: str = "weights") -> dict[str, Tensor]:
-        """The float32 "weights" or their "ema", whole, on the CPU of rank 0; empty elsewhere."""
+        """The float32 "weights" or their "ema", whole, on the CPU of rank 0; empty elsewhere.
+
+        The weights in any case where no EMA is kept.
+        """
         ...
 
     def weight_norm(self) -> float:

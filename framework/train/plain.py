@@ -28,7 +28,10 @@ from framework.train.snapshot import Snapshot
 
 @dataclass(frozen=True)
 class PlainConfig:
-    """Options of `PlainEngine`. `dtype` is that of autocast; weights stay float32."""
+    """Options of `PlainEngine`. `dtype` is that of autocast; weights stay float32.
+
+    `ema_decay`: 0 keeps no average, and no memory for one.
+    """
 
     dtype: str = "fp32"
     ema_decay: float = 0.999
@@ -70,7 +73,9 @@ class PlainEngine:
                 distributed.broadcast(parameter.detach(), 0)
         self.optimizer = optimizer.build(self.params.items())
         create_adam_state(self.optimizer, list(self.params.values()))
-        self.ema = {name: p.detach().clone() for name, p in self.params.items()}
+        self.ema = (
+            {n: p.detach().clone() for n, p in self.params.items()} if config.ema_decay else {}
+        )
         if config.dtype != "fp32":
             device = next(iter(self.params.values())).device
             autocast = torch.autocast(device.type, DTYPES[config.dtype])
@@ -96,12 +101,13 @@ class PlainEngine:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.step()
-            update_ema(
-                list(self.ema.values()),
-                [p.detach() for p in parameters],
-                self.config.ema_decay,
-                self.progress.updates,
-            )
+            if self.ema:
+                update_ema(
+                    list(self.ema.values()),
+                    [p.detach() for p in parameters],
+                    self.config.ema_decay,
+                    self.progress.updates,
+                )
             self.progress.updates += 1
         self.optimizer.zero_grad()
         self.progress.steps += 1
@@ -144,7 +150,8 @@ class PlainEngine:
         """Copies of the weights or the EMA, on rank 0."""
         if self.dp_size > 1 and distributed.get_rank() > 0:
             return {}
-        kept = self.ema if which == "ema" else {n: p.detach() for n, p in self.params.items()}
+        weights = {n: p.detach() for n, p in self.params.items()}
+        kept = self.ema if which == "ema" and self.ema else weights
         return {name: tensor.cpu().clone() for name, tensor in kept.items()}
 
     def weight_norm(self) -> float:
@@ -158,6 +165,6 @@ class PlainEngine:
             state[f"weights.{name}"] = p.detach()
             state[f"exp_avg.{name}"] = adam["exp_avg"]
             state[f"exp_avg_sq.{name}"] = adam["exp_avg_sq"]
-            state[f"ema.{name}"] = self.ema[name]
+        state |= {f"ema.{name}": ema for name, ema in self.ema.items()}
         state |= persistent_buffers(self.model)
         return {name: tensor.view(-1) for name, tensor in state.items()}

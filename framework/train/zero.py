@@ -38,7 +38,6 @@ from framework.storage import Store
 from framework.train.ema import check_decay, update_ema
 from framework.train.engine import (
     DTYPES,
-    KINDS,
     Progress,
     StepStats,
     checkpoint_group,
@@ -60,6 +59,7 @@ class ZeroConfig:
 
     `stage`: 0 to 3, see above; 0 in bf16 is autocast, as the plain engine has it.
     `dtype`: of weights and gradients as the model sees them; the master weights are float32.
+    `ema_decay`: 0 keeps no average, and no memory for one.
     `offload`: what stage 3 keeps in the CPU's memory, from where it is slow to fetch: "optimizer"
     (float32 weights, moments, EMA; the CPU updates them), "all" (these and the shards of what the
     model computes with) or "none".
@@ -199,8 +199,9 @@ class ZeroEngine:
             "weights": weights,
             "exp_avg": self._pieces([state["exp_avg"] for state in adam]),
             "exp_avg_sq": self._pieces([state["exp_avg_sq"] for state in adam]),
-            "ema": {n: replace(w, values=w.values.clone()) for n, w in weights.items()},
         }
+        if config.ema_decay:
+            self.state["ema"] = {n: replace(w, values=w.values.clone()) for n, w in weights.items()}
         self._snapshot = Snapshot(self.shapes, self.group)
 
     def _build_in_shards(
@@ -288,12 +289,13 @@ class ZeroEngine:
         self.model.step()
         self.stage.finish_step()
         if not self.zero.overflow:
-            update_ema(
-                self._values("ema"),
-                self._values("weights"),
-                self.config.ema_decay,
-                self.progress.updates,
-            )
+            if "ema" in self.state:
+                update_ema(
+                    self._values("ema"),
+                    self._values("weights"),
+                    self.config.ema_decay,
+                    self.progress.updates,
+                )
             self.progress.updates += 1
         self.progress.steps += 1
         return StepStats(float(self.model.get_global_grad_norm()), lr)
@@ -327,7 +329,7 @@ class ZeroEngine:
     def full_state(self, which: str = "weights") -> dict[str, Tensor]:
         """Gather the weights or the EMA to rank 0, a tensor at a time."""
         full = {}
-        for name, piece in self.state[which].items():
+        for name, piece in self.state.get(which, self.state["weights"]).items():
             whole = torch.zeros(piece.numel, device=self.device)
             whole[piece.start : piece.start + piece.values.numel()] = piece.values
             distributed.reduce(whole, 0)  # a sum, of which one term is not zero
@@ -346,8 +348,8 @@ class ZeroEngine:
 
     def _state(self, progress: Tensor) -> dict[str, Tensor | Piece]:
         state: dict[str, Tensor | Piece] = {"progress": progress}
-        for kind in KINDS:
-            state |= {f"{kind}.{name}": piece for name, piece in self.state[kind].items()}
+        for kind, pieces in self.state.items():
+            state |= {f"{kind}.{name}": piece for name, piece in pieces.items()}
         buffers = persistent_buffers(self.model.module)
         return state | {name: buffer.view(-1) for name, buffer in buffers.items()}
 

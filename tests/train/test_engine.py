@@ -260,6 +260,15 @@ def job_odd(rank: int, world: int, folder: Path) -> Any:
             engine.save(Store(folder / f"{kind}-{world}"))
             result[kind]["resumed"] = train(engine, range(SAVED, STEPS), rank, world)
             result[kind]["weights"] = engine.full_state()
+    for kind in ("plain", "zero"):
+        engine = build(kind, ema_decay=0.0)
+        train(engine, range(1), rank, world)
+        engine.save(Store(folder / f"{kind}-no-ema"))
+        result[kind]["no ema"] = engine.full_state("ema"), engine.full_state()
+        engine.load(Store(folder / f"{kind}-{world}"))  # which has one
+        averaging = build(kind)
+        averaging.load(Store(folder / f"{kind}-no-ema"))
+        result[kind]["new ema"] = averaging.full_state("ema")
     for stage in (1, 2, 3):
         bf16 = build("zero", stage=stage, dtype="bf16")
         result["bf16", stage] = {"initial": bf16.full_state()}
@@ -438,6 +447,17 @@ def test_ema_is_the_one_computed_by_hand(ranks: Ranks, world: int) -> None:
                 decay = min(0.9, (1 + step) / (10 + step))
                 ema = decay * ema + (1 - decay) * weights[step + 1][name]
                 torch.testing.assert_close(emas[step + 1][name], ema, rtol=1e-6, atol=1e-7)
+
+
+def test_without_ema_the_weights_stand_for_it(ranks: Ranks) -> None:
+    found = ranks.run("odd", 2)
+    for kind in ("plain", "zero"):
+        ema, weights = found[kind]["no ema"]
+        assert all_equal(ema, weights)
+        assert all_equal(found[kind]["new ema"], weights)
+        index = (ranks.folder / f"{kind}-no-ema/state/index.json").read_text()
+        assert '"weights.pair"' in index
+        assert '"ema.' not in index
 
 
 def test_resume_is_equal_to_the_bit_to_never_stopping(ranks: Ranks) -> None:
