@@ -36,6 +36,15 @@ def test_a_config_survives_a_round_trip() -> None:
     assert flatten(to_mapping(config))["train.steps"] == 7
 
 
+def test_parameter_groups_compose() -> None:
+    given = '[{pattern: "blocks.*", lr_scale: 0.5}, {pattern: "*", weight_decay: 0}]'
+    config = compose(["experiment=demo", f"optimizer.groups={given}"])
+    first, second = config.optimizer.groups
+    assert (first.pattern, first.lr_scale, first.weight_decay) == ("blocks.*", 0.5, None)
+    assert (second.pattern, second.lr_scale, second.weight_decay) == ("*", 1.0, 0.0)
+    assert from_mapping(to_mapping(config)) == config
+
+
 def test_a_field_that_no_yaml_lists_can_be_overridden() -> None:
     assert compose(["train.keep_checkpoints=9"]).train.keep_checkpoints == 9
 
@@ -52,6 +61,10 @@ def test_a_number_may_stand_for_a_name() -> None:
         ("train.setps=3", "train.setps: no such key; did you mean train.steps?"),
         ("trian.steps=3", "trian: no such key; did you mean train?"),
         ("model.widht=64", "did you mean model.width?"),
+        (
+            "optimizer.groups=[{patern: x}]",
+            r"groups\[0\].patern: no such key; did you mean optimizer.groups\[0\].pattern",
+        ),
         ("train.steps=many", "train.steps='many': int is needed, not str"),
         ("train.steps=true", "int is needed, not bool"),
         ("train.steps=0", "steps=0 must be at least 1"),

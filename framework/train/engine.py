@@ -27,8 +27,8 @@ class StepStats:
     """What an optimizer step was.
 
     `grad_norm`: L2 norm of the averaged gradient before clipping; infinite where it was not a
-    number, and then nothing was updated; nan where nobody asked, after `skip`. `lr`: the learning
-    rate of the step.
+    number, and then nothing was updated; nan where nobody asked, after `skip`. `lr`: the schedule's
+    learning rate of the step.
     """
 
     grad_norm: float

@@ -4,14 +4,36 @@ There is no scheduler object and so no scheduler state: a resumed run asks for t
 and gets what an undisturbed run would have got.
 """
 
+import difflib
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
 
 SCHEDULES = ("constant", "cosine", "trapezoid")
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters that train otherwise than the rest.
+
+    `pattern`: of their names, as a shell has it ("*" any text, dots included).
+    `lr_scale`: their learning rate is this times the schedule's. `weight_decay`: of all of them,
+    biases and norms as well; None leaves it as it is.
+    """
+
+    pattern: str
+    lr_scale: float = 1.0
+    weight_decay: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.lr_scale < 0:
+            raise ValueError(f"lr_scale={self.lr_scale} must be 0 (no training) or more")
+        if self.weight_decay is not None and self.weight_decay < 0:
+            raise ValueError(f"weight_decay={self.weight_decay} must be 0 or more")
 
 
 @dataclass(frozen=True)
@@ -22,6 +44,8 @@ class AdamWConfig:
     `constant` stays at `lr`; `cosine` falls from `lr` at the end of the warm-up to `final * lr` at
     the end of the run; `trapezoid` stays at `lr` until the fraction `hold` of the run is over, then
     falls in a straight line to `final * lr` at its end.
+
+    `groups`: exceptions by name; of those that match a parameter, it is in the first.
     """
 
     lr: float = 1e-3
@@ -33,6 +57,7 @@ class AdamWConfig:
     warmup_steps: int = 40
     hold: float = 0.5
     final: float = 0.05
+    groups: tuple[ParameterGroup, ...] = ()
 
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
@@ -66,26 +91,52 @@ class AdamWConfig:
         return self.lr
 
     def build(self, named_parameters: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.AdamW:
-        """The optimizer, with one group for tensors that decay and one for those that do not."""
-        decayed: list[nn.Parameter] = []
-        spared: list[nn.Parameter] = []
-        for name, parameter in named_parameters:
+        """The optimizer, with one of torch's groups for each pair of rate and decay.
+
+        ValueError where a parameter is frozen, or a pattern matches none.
+        """
+        parameters = dict(named_parameters)
+        self._check_patterns(list(parameters))
+        alike: dict[tuple[float, float], list[nn.Parameter]] = {}
+        for name, parameter in parameters.items():
             if not parameter.requires_grad:
                 raise ValueError(f"parameter {name} is frozen: all parameters must be trainable")
             # A parameter that ZeRO-3 has partitioned keeps its real shape in `ds_shape`.
             shape = getattr(parameter, "ds_shape", parameter.shape)
-            (decayed if len(shape) > 1 else spared).append(parameter)
-        groups = [
-            {"params": decayed, "weight_decay": self.weight_decay},
-            {"params": spared, "weight_decay": 0.0},
-        ]
+            alike.setdefault(self._rate_and_decay(name, len(shape)), []).append(parameter)
         return torch.optim.AdamW(
-            [group for group in groups if group["params"]],
+            [
+                {"params": params, "weight_decay": decay, "lr_scale": scale}
+                for (scale, decay), params in alike.items()
+            ],
             lr=self.lr,
             betas=self.betas,
             eps=self.eps,
             fused=True,  # one kernel for all tensors, on the CPU as well
         )
+
+    def _rate_and_decay(self, name: str, num_dims: int) -> tuple[float, float]:
+        usual = self.weight_decay if num_dims > 1 else 0.0
+        for group in self.groups:
+            if fnmatchcase(name, group.pattern):
+                decay = usual if group.weight_decay is None else group.weight_decay
+                return group.lr_scale, decay
+        return 1.0, usual
+
+    def _check_patterns(self, names: list[str]) -> None:
+        for group in self.groups:
+            if not any(fnmatchcase(name, group.pattern) for name in names):
+                near = difflib.get_close_matches(group.pattern, names, n=1, cutoff=0)
+                raise ValueError(
+                    f"groups: pattern {group.pattern!r} matches no parameter; "
+                    f"the nearest name is {', '.join(near)}"
+                )
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Give each of the optimizer's groups its share of the schedule's rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
 
 
 def _fraction(step: int, start: float, end: float) -> float:

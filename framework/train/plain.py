@@ -22,7 +22,7 @@ from framework.train.engine import (
     create_adam_state,
     sum_of_squares,
 )
-from framework.train.optimizer import AdamWConfig
+from framework.train.optimizer import AdamWConfig, set_lr
 from framework.train.snapshot import Snapshot
 
 
@@ -98,8 +98,7 @@ class PlainEngine:
         if torch.isfinite(norm):
             if config.max_grad_norm:
                 torch.nn.utils.clip_grads_with_norm_(parameters, config.max_grad_norm, norm)
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
+            set_lr(self.optimizer, lr)
             self.optimizer.step()
             if self.ema:
                 update_ema(

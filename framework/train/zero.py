@@ -45,7 +45,7 @@ from framework.train.engine import (
     silence_renamed_collectives,
     sum_of_squares,
 )
-from framework.train.optimizer import AdamWConfig
+from framework.train.optimizer import AdamWConfig, set_lr
 from framework.train.plain import PlainConfig, PlainEngine
 from framework.train.snapshot import Snapshot
 from framework.train.zero_stages import Stage, Stage1And2, Stage3
@@ -284,8 +284,7 @@ class ZeroEngine:
     def step(self) -> StepStats:
         """Clip, update this rank's share of weights and EMA."""
         lr = self.optimizer_config.lr_at(self.progress.steps, self.num_steps)
-        for group in self.zero.optimizer.param_groups:
-            group["lr"] = lr
+        set_lr(self.zero.optimizer, lr)
         self.model.step()
         self.stage.finish_step()
         if not self.zero.overflow:

@@ -22,14 +22,20 @@ from torch.utils.checkpoint import checkpoint
 from framework.sharded_state import load_state, shapes_of
 from framework.storage import Store
 from framework.train.engine import KINDS, Engine
-from framework.train.optimizer import AdamWConfig
+from framework.train.optimizer import AdamWConfig, ParameterGroup
 from framework.train.plain import PlainConfig
 from framework.train.zero import Sizes, ZeroConfig, derive_sizes
 
 CPU = torch.device("cpu")
 WIDTH, PACKS, STEPS, SAVED = 16, 4, 5, 3
+GATES = ParameterGroup("blocks.*.gate", lr_scale=0.5, weight_decay=0.2)
 OPTIMIZER = AdamWConfig(
-    lr=1e-2, weight_decay=0.1, max_grad_norm=0.5, schedule="trapezoid", warmup_steps=2
+    lr=1e-2,
+    weight_decay=0.1,
+    max_grad_norm=0.5,
+    schedule="trapezoid",
+    warmup_steps=2,
+    groups=(GATES, ParameterGroup("embed.*", lr_scale=2.0)),
 )
 CONFIGS = {
     "plain": PlainConfig(ema_decay=0.9),
@@ -299,7 +305,7 @@ def job_odd(rank: int, world: int, folder: Path) -> Any:
 
     for name, model in (("late", Late), ("parallel", Parallel)):
         try:
-            loss_of_step(ZeroConfig().build(model, OPTIMIZER, STEPS, CPU), 0, rank, world)
+            loss_of_step(ZeroConfig().build(model, AdamWConfig(), STEPS, CPU), 0, rank, world)
         except ValueError as error:
             result[name] = str(error)
     return result
@@ -583,7 +589,9 @@ def test_plain_without_a_process_group_is_adamw(tmp_path: Path) -> None:
     engine = build("plain")
     rows = train(engine, range(STEPS), 0, 1)
     model = make_model()
-    adam = torch.optim.AdamW(model.parameters(), betas=OPTIMIZER.betas, weight_decay=0)
+    adam = torch.optim.AdamW(
+        [{"params": [p]} for p in model.parameters()], betas=OPTIMIZER.betas, weight_decay=0
+    )
     for step in range(STEPS):
         for index in range(PACKS):
             x, target = pack(step, index)
@@ -595,9 +603,14 @@ def test_plain_without_a_process_group_is_adamw(tmp_path: Path) -> None:
         assert norm.item() == pytest.approx(rows[step][1], rel=1e-5)
         lr = OPTIMIZER.lr_at(step, STEPS)
         with torch.no_grad():
-            for p in model.parameters():
-                p.mul_(1 - lr * OPTIMIZER.weight_decay * (p.dim() > 1))
-        adam.param_groups[0]["lr"] = lr
+            for (name, p), group in zip(model.named_parameters(), adam.param_groups, strict=True):
+                decay = OPTIMIZER.weight_decay * (p.dim() > 1)
+                group["lr"] = lr
+                if name.startswith("embed."):
+                    group["lr"] = 2 * lr
+                if name.endswith(".gate"):
+                    group["lr"], decay = lr / 2, GATES.weight_decay
+                p.mul_(1 - group["lr"] * decay)
         adam.step()
         adam.zero_grad()
     assert distance(engine.full_state(), dict(model.named_parameters())) <= 1e-5

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from framework.train.ema import ema_decay_at, update_ema
-from framework.train.optimizer import AdamWConfig
+from framework.train.optimizer import AdamWConfig, ParameterGroup, set_lr
 
 
 def rates(config: AdamWConfig, steps: list[int], num_steps: int = 100) -> list[float]:
@@ -39,6 +39,40 @@ def test_only_matrices_decay() -> None:
     assert [p.shape for p in decayed["params"]] == [(4, 3)]
     assert spared["weight_decay"] == 0
     assert len(spared["params"]) == 3
+
+
+def test_groups_by_name() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 5))
+    groups = (
+        ParameterGroup("0.*", lr_scale=0.5),
+        ParameterGroup("*.bias", lr_scale=2.0, weight_decay=0.3),  # 0.bias is in the first
+    )
+    optimizer = AdamWConfig(weight_decay=0.1, groups=groups).build(model.named_parameters())
+    set_lr(optimizer, 8.0)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    found = {
+        names[p]: (group["lr"], group["weight_decay"])
+        for group in optimizer.param_groups
+        for p in group["params"]
+    }
+    assert found == {
+        "0.weight": (4, 0.1),
+        "0.bias": (4, 0),
+        "1.weight": (8, 0),
+        "1.bias": (16, 0.3),
+        "2.weight": (8, 0.1),
+        "2.bias": (16, 0.3),
+    }
+
+
+def test_a_pattern_that_matches_nothing_is_refused() -> None:
+    config = AdamWConfig(groups=(ParameterGroup("weigth"),))
+    with pytest.raises(ValueError, match=r"'weigth' matches no parameter; .* name is weight"):
+        config.build(nn.Linear(3, 4).named_parameters())
+    with pytest.raises(ValueError, match="lr_scale=-1 must be"):
+        ParameterGroup("*", lr_scale=-1)
+    with pytest.raises(ValueError, match="weight_decay=-1 must be"):
+        ParameterGroup("*", weight_decay=-1)
 
 
 def test_a_frozen_parameter_is_refused() -> None:
