@@ -151,7 +151,9 @@ def room(config: ClusterConfig, without: Collection[str] = ()) -> int:
     places = 0
     for node in has:
         by_gpu = int(node.get("GPU", 0)) if config.gpus_per_worker else config.max_workers
-        by_cpu = int(node.get("CPU", 0) // config.cpus_per_worker) if config.cpus_per_worker else by_gpu
+        by_cpu = (
+            int(node.get("CPU", 0) // config.cpus_per_worker) if config.cpus_per_worker else by_gpu
+        )
         places += min(by_cpu, by_gpu)
     spare = sum(node.get("CPU", 0) for node in has) - 1  # for the decode task
     by_cpu = int(spare // config.cpus_per_worker) if config.cpus_per_worker else places

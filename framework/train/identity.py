@@ -20,7 +20,8 @@ FREE_KEYS = (
     "cluster.", "tracking.", "evaluate.", "sample.", "sampler.", "run.fresh", "run.root",
     "train.log_every", "train.keep_checkpoints", "data.stream.", "data.exclude", "data.encode.",
     "hardware.", "estimate", "export.", "profile", "train.profiler.",
-    "train.milestone_every", "train.hang_timeout_s", "train.try_worst_packs", "train.max_lost_share",
+    "train.milestone_every", "train.hang_timeout_s", "train.try_worst_packs",
+    "train.max_lost_share",
 )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ import platform
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -107,7 +108,7 @@ class Rank:
             if not problems:
                 return found
             # A machine without the shared folder must not have its say on what is in it.
-            own = self.first_says(lambda step=step: self._look_at(step, (0, 1))[1])
+            own = self.first_says(partial(self._problem, step))
             if not own:
                 raise OSError(f"rank 0 finds it whole, another rank does not: {problems[0]}")
             self.tell({"text": f"checkpoint refused: {own}; taking the one before"})
@@ -121,6 +122,8 @@ class Rank:
             )
         return None
 
+    def _problem(self, step: int) -> str:
+        return self._look_at(step, (0, 1))[1]
 
     def _look_at(self, step: int, share: tuple[int, int]) -> tuple[Checkpoint | None, str]:
         """A checkpoint of which this share of the files is whole, or what is wrong with it."""

@@ -57,6 +57,31 @@ def read_ledger(run: Store) -> dict[int, dict[str, Any]]:
     return steps
 
 
+@dataclass(frozen=True)
+class Segment:
+    """One rank's account of the steps since the last checkpoint."""
+
+    rows: list[dict[str, Any]]
+    failed: list[str]
+
+    def text(self) -> bytes:
+        """A line of JSON for each step."""
+        return "".join(json.dumps(row) + "\n" for row in self.rows).encode()
+
+    def write(self, run: Store, step: int, rank: int) -> None:
+        """Write it under the name of the checkpoint of `step`, with its quarantine."""
+        run.write(ledger_name(step, rank), self.text())
+        if self.failed:
+            name = f"quarantine/step-{step:08d}/rank-{rank:05d}.json"
+            run.write(name, json.dumps(self.failed, indent=1).encode())
+
+
+def clear_segments(run: Store, step: int) -> None:
+    """Delete what an earlier attempt, maybe of more ranks, wrote for the checkpoint of `step`."""
+    for folder in ("ledger", "quarantine"):
+        run.delete_folder(f"{folder}/step-{step:08d}")
+
+
 def segment_loss(run: Store, step: int) -> tuple[int, float] | None:
     """Number of steps and mean loss of the ledger segment that the checkpoint of `step` ends.
 

@@ -1,5 +1,6 @@
 """A rank's training from one checkpoint on: to the last step, a wish to leave, or a roll-back."""
 
+import contextlib
 import json
 import tempfile
 import time
@@ -15,7 +16,7 @@ from framework.batch import PackedBatch
 from framework.checkpoint import Checkpoint
 from framework.diffusion.objective import Objective
 from framework.storage import Store
-from framework.tracking import NoTracker, Tracker
+from framework.tracking import Tracker
 from framework.train.breakdown import Breakdown
 from framework.train.commit import Committer, Saved
 from framework.train.engine import Engine
@@ -29,8 +30,7 @@ from framework.train.probe import probe
 from framework.train.profiler import Profile
 from framework.train.progress import Wishes
 from framework.train.rank import Rank
-from framework.train.report import Reporter, Window, recent_losses
-from framework.train.run_tracker import open_tracker
+from framework.train.report import Reporter, Window
 from framework.train.throughput import Throughput
 from framework.train.watchdog import Watchdog
 from model_zoo.flops import training_flops_per_token
@@ -55,24 +55,23 @@ class Session:
     """Trains, reports and commits; every rank runs one, with the same calls in the same order."""
 
     def __init__(
-        self, rank: Rank, engine: Engine, watchdog: Watchdog, latest: Checkpoint | None
+        self,
+        rank: Rank,
+        engine: Engine,
+        watchdog: Watchdog,
+        tracker: Tracker,
+        latest: Checkpoint | None,
     ) -> None:
-        self.rank, self.engine, self.watchdog = rank, engine, watchdog
+        self.rank, self.engine, self.watchdog, self.tracker = rank, engine, watchdog, tracker
         args, config = rank.args, rank.args.train
         self.start = latest.step if latest is not None else 0
         self.left_out = frozenset(rank.first_says(lambda: read_left_out(rank.store)))
         self.objective: Objective = args.assembly.build_objective()
-        self.tracker: Tracker = NoTracker()
-        if rank.is_first:
-            self.tracker = open_tracker(args.tracking, rank.store, args.run_name, "rank-0")
         self.throughput = Throughput(
             time.perf_counter, peak_tflops=config.peak_tflops, num_devices=rank.dp_size
         )
         self.breakdown = Breakdown(rank.plan.sources, "cpu")
-        self.guard = Guard(
-            config.guard,
-            rank.first_says(lambda: recent_losses(rank.store, self.start, config.guard.window)),
-        )
+        self.guard = Guard(config.guard, latest.meta["guard"] if latest is not None else None)
         self.clock = _Clock(rank, latest)
         self.scratch = tempfile.TemporaryDirectory()
         profiler = replace(config.profiler, enabled=args.profile)
@@ -99,6 +98,7 @@ class Session:
             milestone_every=config.milestone_every,
             extra_files=self._journal,
             on_end=self._saved,
+            beat=watchdog.beat,
         )
         self._leave = ""
         self._norms: dict[str, float] = {}
@@ -109,7 +109,8 @@ class Session:
         rank = self.rank
         self.prefetch = Prefetch(self._inputs(stream), depth=2)
         try:
-            with self.prefetch as steps, self.profile, Wishes(rank.args.board) as self.wishes:
+            board = rank.args.board if rank.is_first else None
+            with self.prefetch as steps, self.profile, Wishes(board) as self.wishes:
                 train(
                     self.engine,
                     self.objective,
@@ -121,9 +122,9 @@ class Session:
                 )
         except _RollBack as rolled:
             self._leave_out(rolled)
-            self.tracker.close(None, timeout_s=5)
             return True
         except BaseException:
+            self._keep_open_segment()
             self.tracker.close("FAILED", timeout_s=5)
             raise
         finally:
@@ -151,16 +152,14 @@ class Session:
 
         All ranks learn here whether one of them is to leave, so that they leave together.
         """
-        wish = self.wishes.wish if self.rank.is_first else ""
-        flags = [float(wish == "stop"), float(bool(wish)), float(noticed())]
-        summed = torch.tensor(
-            [loss_share.item(), *flags], dtype=torch.float64, device=loss_share.device
-        )
+        wish = self.wishes.wish
+        flag = torch.tensor([float(bool(wish) or noticed())], dtype=torch.float64)
+        summed = torch.cat([loss_share.double().view(1), flag.to(loss_share.device)])
         if self.rank.dp_size > 1:
             distributed.all_reduce(summed)
-        loss, stop, asked, warned = summed.tolist()
-        if stop or asked or warned:
-            self._leave = wish or "notice to leave (SIGTERM)"
+        loss, asked = summed.tolist()
+        if asked:
+            self._leave = wish or "a rank was given notice (SIGTERM)"
         if inputs.leave_out:
             return float("nan"), "rolled back"
         verdict = self.guard.judge(loss)
@@ -181,9 +180,8 @@ class Session:
         self.throughput.step(inputs.tokens, flops)
         for (batch, draw), sums in zip(inputs.packs, output.clip_losses, strict=False):
             self.breakdown.add(batch, draw.t, sums.cpu())  # the step's end was waited for above
-        if output.skipped in ("", "not finite"):
-            self.guard.learn(inputs.number, output.loss, not output.skipped)
         self.reporter.record(output, self._cost(inputs))
+        self.guard.learn(inputs.number, output.loss, output.skipped)
         self.committer.poll()
         self.profile.step()
         self.watchdog.beat()
@@ -211,17 +209,14 @@ class Session:
 
     def _saved(self, saved: Saved) -> None:
         """A save has ended."""
-        if saved.errors:
-            words = f"{type(saved.errors[0]).__name__}: {saved.errors[0]}"
-            text = (
-                f"the checkpoint of step {saved.step} was not written ({words}); training goes on"
+        if saved.error is not None:
+            self.rank.tell(
+                {"text": f"the checkpoint of step {saved.step} was not written: {saved.error}"}
             )
-            self.rank.tell({"text": text})
             return
         self._committed = saved.step
         self.tracker.log_checkpoint(self.rank.checkpoints.folder(saved.step).url, saved.step)
         self.tracker.log_metrics({"checkpoint/write_s": saved.write_s}, saved.step - 1)
-        self.rank.log.save()
 
     def _keep_profile(self) -> None:
         """With the run and with the tracker."""
@@ -230,14 +225,26 @@ class Session:
             self.tracker.log_artifact(path, "profiles")
         self.scratch.cleanup()
 
+    def _keep_open_segment(self) -> None:
+        """What the ledger would have said of the steps since the last checkpoint."""
+        rank = self.rank
+        name = f"failed/attempt-{rank.args.fence.number:04d}/rank-{rank.number:05d}.jsonl"
+        with contextlib.suppress(OSError):  # it must not stand in for what was raised
+            rank.store.write(name, self.reporter.open_segment().text())
+
     def _journal(self) -> dict[str, bytes]:
+        """Beside a checkpoint: rank 0's metrics, and each rank's log."""
+        with contextlib.suppress(OSError):
+            self.rank.log.save()
         path = self.tracker.journal_path
         return {} if path is None else {"tracking-journal.jsonl": path.read_bytes()}
 
     def _leave_out(self, rolled: _RollBack) -> None:
         """Write down what is to be left out, before anybody looks."""
         count = self.rank.args.train.guard.rollback_steps
-        steps = range(max(0, rolled.step - count + 1), rolled.step + 1)
+        assert self._committed is not None
+        # Steps before the checkpoint are in its weights already.
+        steps = range(max(self._committed, rolled.step - count + 1), rolled.step + 1)
         if self.rank.is_first:
             all_steps = sorted(self.left_out | set(steps))
             self.rank.store.write(_LEFT_OUT, json.dumps(all_steps).encode())
@@ -281,6 +288,7 @@ class Session:
             "code_version": args.code_version,
             "tracker_run_id": self.tracker.run_id,
             "speed": self.reporter.average_speed(),
+            "guard": self.guard.state(),
             "clock": self.clock.state(self.reporter.productive_s),
         }
 

@@ -1,4 +1,4 @@
-"""A user's own mistakes end a run at once, in their own words; a bad clip costs what the rule says."""
+"""A user's mistakes end a run at once, in their own words; a bad clip costs what the rule says."""
 
 import json
 from collections.abc import Callable
