@@ -71,7 +71,7 @@ def hold_a_rank(run: Run) -> None:
     assert dumps, "no rank said where it stood"
     text = run.store.read(dumps[0]).decode()
     assert "most recent call first" in text
-    assert "loop.py" in text
+    assert "session.py" in text
     run.wait_for_commit_after(run.committed())
 
 
