@@ -16,6 +16,7 @@ import json
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,7 +53,11 @@ INDEX = "state/index.json"
 # Chosen by hand. An object of PART_BYTES is held in memory at a time, and written again as a whole
 # when the store fails; neighbouring parts of tensors are read READ_BYTES at once.
 PART_BYTES = 256 << 20
-READ_BYTES = 64 << 20
+READ_BYTES = 32 << 20
+# On another number of ranks the parts that a rank wants lie apart: below this gap, as for clips in
+# `framework.data.fetch`, what is between them costs less than a request.
+GAP_BYTES = 1 << 20
+READS_IN_FLIGHT = 8
 
 
 def checksum(data: bytes | memoryview) -> str:
@@ -346,26 +351,34 @@ class _StoreReader(StorageReader):
                 start = offset + skip * dtype.itemsize
                 reads.append((file, start, start + size * dtype.itemsize, item, dtype))
         reads.sort(key=lambda read: read[:2])
-        first = 0
-        while first < len(reads):
-            last = first + 1
-            while (
-                last < len(reads)
-                and reads[last][:2] == (reads[first][0], reads[last - 1][2])
-                and reads[last][2] - reads[first][1] <= READ_BYTES
+        runs: list[list[tuple[str, int, int, ReadItem, torch.dtype]]] = []
+        for read in reads:
+            file, start, end, _, _ = read
+            if (
+                runs
+                and runs[-1][0][0] == file
+                and start - runs[-1][-1][2] <= GAP_BYTES
+                and end - runs[-1][0][1] <= READ_BYTES
             ):
-                last += 1
-            file, begin, _, _, _ = reads[first]
-            size_bytes = reads[last - 1][2] - begin
-            data = bytearray(self.store.read_range(file, begin, size_bytes))
-            for _, start, end, item, dtype in reads[first:last]:
-                values = torch.frombuffer(
-                    data, dtype=dtype, count=(end - start) // dtype.itemsize, offset=start - begin
-                )
-                target = planner.resolve_tensor(item).detach()
-                target.copy_(values)
-                planner.commit_tensor(item, target)
-            first = last
+                runs[-1].append(read)
+            else:
+                runs.append([read])
+
+        def fetch(run: Sequence[tuple[str, int, int, ReadItem, torch.dtype]]) -> bytearray:
+            (file, begin, *_), end = run[0], run[-1][2]
+            return bytearray(self.store.read_range(file, begin, end - begin))
+
+        with ThreadPoolExecutor(READS_IN_FLIGHT) as pool:
+            for first in range(0, len(runs), READS_IN_FLIGHT):  # so many are in memory at a time
+                some = runs[first : first + READS_IN_FLIGHT]
+                for run, data in zip(some, pool.map(fetch, some), strict=True):
+                    for _, start, end, item, dtype in run:
+                        count = (end - start) // dtype.itemsize
+                        offset = start - run[0][1]
+                        values = torch.frombuffer(data, dtype=dtype, count=count, offset=offset)
+                        target = planner.resolve_tensor(item).detach()
+                        target.copy_(values)
+                        planner.commit_tensor(item, target)
         future: Future[None] = Future()
         future.set_result(None)
         return future

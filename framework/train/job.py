@@ -24,6 +24,7 @@ from framework.cluster import (
     connect,
     num_nodes,
     object_store_mb,
+    room,
 )
 from framework.data.manifest import Manifest
 from framework.data.plan import Plan
@@ -216,7 +217,8 @@ def _preflight(
         manifest.first_shard,
         tracker,
         checkpoint_bytes=BYTES_PER_PARAMETER * job.assembly.num_parameters(),
-        streams_mb=job.cluster.max_workers * job.assembly.data.stream.object_store_mb,
+        streams_mb=max(room(job.cluster), job.cluster.min_workers)
+        * job.assembly.data.stream.object_store_mb,
         object_store_mb=object_store_mb(),
     )
     show_checks(checks, "driver", lambda text: show({"text": text}))

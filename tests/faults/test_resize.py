@@ -47,8 +47,8 @@ class Nodes:
                 "RAY_AUTH_MODE": "disabled",
                 "RAY_TMPDIR": str(self.folder),
                 "RAY_health_check_initial_delay_ms": "1000",
-                "RAY_health_check_period_ms": "1000",
-                "RAY_health_check_timeout_ms": "1000",
+                "RAY_health_check_period_ms": "2000",
+                "RAY_health_check_timeout_ms": "20000",
                 "RAY_health_check_failure_threshold": "3",
             },
         )
@@ -92,9 +92,10 @@ def test_a_node_goes_and_another_comes(
         "train.log_every=5",
         "cluster.num_workers=[1,2]",
         "cluster.grow_after_s=0",
+        "data.stream.object_store_mb=64",
     ]
     nodes.add(num_cpus=2)
-    second = nodes.add(num_cpus=1)
+    second = nodes.add(num_cpus=1)  # two workers and a decode task take all three
     run = Run(
         start("framework.train", *line, RAY_ADDRESS=nodes.address, RAY_AUTH_MODE="disabled"),
         Store(tmp_path / "runs/small"),
