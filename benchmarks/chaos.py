@@ -33,6 +33,7 @@ import os
 import random
 import signal
 import statistics
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -235,6 +236,7 @@ def main() -> None:
     parser.add_argument("--hang-timeout-s", type=float, default=30.0)
     parser.add_argument("--quick", action="store_true", help="3 minutes, an event every 40 s")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and so end what was started
     minutes, mtbf_s = (3.0, 40.0) if options.quick else (options.minutes, options.mtbf_s)
     with (
         tempfile.TemporaryDirectory() as name,

@@ -45,7 +45,7 @@ class Work:
     overrides: list[str]  # of the line
     plan: str  # URL of a run's folder, for plans
     steps: int  # of the line; so many are timed
-    saves: int = 0  # pairs of saves, and loads from each store
+    saves: int = 0  # pairs of saves; loads
     stores: dict[str, str] | None = None  # name -> URL of a checkpoint's folder
 
 
@@ -195,15 +195,28 @@ def _everywhere(flag: bool) -> bool:
     return bool(flags)
 
 
+class CountingStore(Store):
+    """A store that counts the ranges that are read: on an object store each is a request."""
+
+    reads = 0
+
+    def read_range(self, name: str, offset: int, size_bytes: int) -> bytes:
+        """As any other store."""
+        self.reads += 1
+        return super().read_range(name, offset, size_bytes)
+
+
 def time_loads(work: Work, rank: int, world: int) -> Any:
-    """Seconds of each load, by store; the first is not counted."""
+    """Seconds of each load, the first not counted, and how many ranges the busiest rank reads."""
     line = Line(work, rank, world)
     engine = line.build(line.config.engine)
     assert work.stores is not None
-    return {
-        name: [timed(partial(engine.load, Store(url))) for _ in range(work.saves + 1)][1:]
-        for name, url in work.stores.items()
-    }
+    store = CountingStore(work.stores["local"])
+    engine.load(store)
+    reads: list[Any] = [None] * world
+    distributed.all_gather_object(reads, store.reads)
+    seconds = [timed(partial(engine.load, store)) for _ in range(work.saves)]
+    return {"seconds": seconds, "reads": max(reads)}
 
 
 JOBS = {"steps": time_steps, "saves": time_saves, "loads": time_loads}
