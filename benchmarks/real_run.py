@@ -66,9 +66,7 @@ class RealRun:
         self._environment = {**os.environ, **(environment or {}), "HOME": f"{folder}/home"}
         self.process: subprocess.Popen[bytes] | None = None
         self.steps: list[Step] = []
-        self.stalls_s: list[float] = []  # for which training stood still to save
         self._offset = self._attempt = 0
-        self._last: dict[str, float] = {}
 
     def __enter__(self) -> "RealRun":
         return self
@@ -183,8 +181,6 @@ class RealRun:
         if entry.get("op") == "open":
             self._attempt += 1
         values = entry.get("values", {})
-        if "checkpoint/stall_s" in values:
-            self.stalls_s.append(values["checkpoint/stall_s"])
         if "train/loss" in values:
             step = Step(entry["step"], entry["time"] / 1e3, self._attempt, dict(values))
             self.steps.append(step)
