@@ -23,7 +23,7 @@ from framework.cluster import ClusterConfig, leaving_nodes, room
 from framework.storage import Store
 from framework.train.failures import Patience, Superseded
 from framework.train.fence import Fence, begin_attempt
-from framework.train.progress import Interrupts, Line, Stopped, follow, make_board
+from framework.train.progress import NO_ROOM, Interrupts, Line, Stopped, follow, make_board
 
 LOOK_EVERY_S = 2.0  # at the cluster's nodes
 
@@ -192,6 +192,8 @@ class _NodeWatch:
                 return f"a node is being drained ({', '.join(sorted(n[:8] for n in new))})"
             if (has := self._room_now()) != self._seen:
                 self._seen, self._since = has, now
+            if has < self._num_workers:
+                return f"{NO_ROOM} for {self._num_workers} workers any more, only for {has}"
             # Nodes come one by one: wait until there are no more.
             if has > self._num_workers and now - self._since >= self._cluster.grow_after_s:
                 return f"there is room for {has} workers now, {self._num_workers} train"

@@ -6,14 +6,18 @@ end of the same step.
 """
 
 import contextlib
+import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from framework.train.watchdog import EXIT_CODE
 
 Line = dict[str, Any]
 
@@ -77,8 +81,17 @@ def make_board() -> Any:
     return ray.remote(num_cpus=0)(Board).options(scheduling_strategy=beside).remote()
 
 
+NO_ROOM = "no room"  # how a wish begins that workers may be unable to follow
+NO_ROOM_GRACE_S = 60.0  # chosen by hand: to end a step and commit it
+
+
 class Wishes:
-    """Asks the board every second, in a thread, so that no step waits for the head; rank 0 does."""
+    """Asks the board every second, in a thread, so that no step waits for the head; rank 0 does.
+
+    Where nodes have gone that carried no worker but made the batches, no step ends any more: a rank
+    that cannot follow such a wish in time ends itself, and the group starts again where there is
+    room.
+    """
 
     EVERY_S = 1.0
 
@@ -96,9 +109,15 @@ class Wishes:
         self._closed.set()
 
     def _run(self) -> None:
+        asked = 0.0
         while not self._closed.wait(self.EVERY_S):
             with contextlib.suppress(ray.exceptions.RayError):  # an outage of the head
                 self.wish = str(ray.get(self._board.wish.remote(), timeout=10))
+            if self.wish.startswith(NO_ROOM):
+                asked = asked or time.monotonic()
+                if time.monotonic() - asked > NO_ROOM_GRACE_S:
+                    print(f"{self.wish}, and no step ends: this rank does", flush=True)
+                    os._exit(EXIT_CODE)
 
 
 class Interrupts:

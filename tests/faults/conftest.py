@@ -97,8 +97,10 @@ class Run:
         return int(read_attempt(self.store).get("number", 0))
 
     def wait_until(self, condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 240
         while not condition():
             assert self.process.poll() is None, self.process.communicate()[0][-6000:]
+            assert time.monotonic() < deadline, f"it does not come; see {self.store.url}/logs"
             time.sleep(0.05)
 
     def wait_for_commit_after(self, step: int) -> None:

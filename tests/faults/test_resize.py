@@ -90,27 +90,24 @@ def test_a_node_goes_and_another_comes(
         f"train.steps={STEPS}",
         "train.checkpoint_every=5",
         "train.log_every=5",
-        "cluster.num_workers=[1,2]",
+        "cluster.num_workers=[1,3]",
+        "data.global_batch_packs=3",
         "cluster.grow_after_s=0",
         "data.stream.object_store_mb=64",
     ]
     nodes.add(num_cpus=2)
-    second = nodes.add(num_cpus=1)  # two workers and a decode task take all three
+    second = nodes.add(num_cpus=2)  # three workers and a decode task take all four
     run = Run(
         start("framework.train", *line, RAY_ADDRESS=nodes.address, RAY_AUTH_MODE="disabled"),
         Store(tmp_path / "runs/small"),
     )
-    run.wait_until(lambda: read_attempt(run.store).get("num_workers") == 2)
-    run.wait_for_commit_after(0)
-
+    train_on(run, 3)
     nodes.kill(second)
-    run.wait_until(lambda: read_attempt(run.store)["num_workers"] == 1)
-    run.wait_for_commit_after(run.committed())
-    nodes.add(num_cpus=1)
-    run.wait_until(lambda: read_attempt(run.store)["num_workers"] == 2)
-    run.wait_for_commit_after(run.committed())
+    train_on(run, 1)
+    nodes.add(num_cpus=2)
+    train_on(run, 3)
     output = run.stop()
-    assert "there is room for 2 workers now, 1 train" in output
+    assert "there is room for 3 workers now, 1 train" in output
 
     found = read_ledger(run.store)
     undisturbed = [*line, "run.name=whole", "cluster.num_workers=1", "cluster.num_cpus=4"]
@@ -121,3 +118,9 @@ def test_a_node_goes_and_another_comes(
     assert clips_of(found) == {step: clips_of(expected)[step] for step in found}
     for step, loss in losses_of(found).items():  # another order of summation, through Adam
         assert loss == pytest.approx(expected[step]["loss"], rel=1e-3), step
+
+
+def train_on(run: Run, num_workers: int) -> None:
+    """Wait until it trains on so many ranks."""
+    run.wait_until(lambda: read_attempt(run.store).get("num_workers") == num_workers)
+    run.wait_for_commit_after(run.committed())
