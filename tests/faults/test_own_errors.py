@@ -1,6 +1,9 @@
 """A user's mistakes end a run at once, in their own words; a bad clip costs what the rule says."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -92,3 +95,43 @@ def test_a_mistake_of_the_users_own_ends_the_run_at_once(
     assert words in output.split("error: ")[1]
     assert "faulty.py" in output or fault == "memory"
     assert read_attempt(Store(tmp_path / "runs/small"))["number"] == 1, "it was tried again"
+
+
+IN_A_SMALL_DISK = """
+set -e
+mount -t tmpfs -o size=64m none "$DISK"
+"$@" > "$OUT/first.log" 2>&1 &
+train=$!
+until ls "$DISK"/runs/small/checkpoints/*/COMMITTED > /dev/null 2>&1; do
+    kill -0 $train; sleep 0.1
+done
+head -c 64m /dev/zero > "$DISK/full" 2> /dev/null || true
+code=0; wait $train || code=$?
+echo $code > "$OUT/code"
+rm "$DISK/full"
+"$@" > "$OUT/second.log" 2>&1
+cp -r "$DISK/runs" "$OUT/runs"
+"""
+
+
+def test_a_full_disk_ends_the_run_and_the_next_resumes(line: list[str], tmp_path: Path) -> None:
+    """In a mount namespace of its own, with a disk of 64 MB that somebody fills."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    alone = ("unshare", "--mount", "--map-root-user")
+    if subprocess.run([*alone, "true"], capture_output=True).returncode:
+        pytest.skip("this machine gives no mount namespace")
+    command = [sys.executable, "-m", "framework.train", *line, f"run.root={disk}/runs"]
+    command += ["train.steps=200", "train.keep_checkpoints=1"]
+    done = subprocess.run(
+        [*alone, "sh", "-c", IN_A_SMALL_DISK, "sh", *command],
+        env={**os.environ, "DISK": str(disk), "OUT": str(tmp_path)},
+        timeout=600,
+    )
+    printed = (tmp_path / "first.log").read_text()
+    assert done.returncode == 0, printed[-3000:]
+    assert (tmp_path / "code").read_text().strip() == "2", printed[-3000:]
+    assert "No space left on device" in printed.split("error: ")[-1]
+    again = (tmp_path / "second.log").read_text()
+    assert "resuming at step" in again
+    assert sorted(read_ledger(Store(tmp_path / "runs/small"))) == list(range(200))
