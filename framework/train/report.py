@@ -28,6 +28,8 @@ from framework.train.loop import StepOutput
 from framework.train.probe import slow_ranks
 from framework.train.rank import everyone
 
+SLOW_WINDOWS = 5  # after so many in a row a rank is named; chosen by hand
+
 
 def ledger_name(step: int, rank: int) -> str:
     """Where the ledger segment of one rank lies that ends with the checkpoint of `step`."""
@@ -194,6 +196,7 @@ class Reporter:
         self._pending: list[_Step] = []
         self._rows: list[dict[str, Any]] = []
         self._failed: list[str] = []
+        self._slow_for: dict[int, int] = {}  # windows in a row, by rank
         self._hosts = everyone(platform.node(), dp_size)
         self._seconds = self._tokens = self._wait_s = 0.0
         self.productive_s = 0.0  # of steps that changed the weights, without waiting for data
@@ -253,7 +256,10 @@ class Reporter:
             )
 
     def _name_slow_ranks(self, probe_s: list[float]) -> None:
-        for rank in slow_ranks(probe_s):
+        """Once, when it has been slow for some windows in a row: a neighbour may pass."""
+        slow = slow_ranks(probe_s)
+        self._slow_for = {rank: self._slow_for.get(rank, 0) + 1 for rank in slow}
+        for rank in (r for r, windows in self._slow_for.items() if windows == SLOW_WINDOWS):
             times = probe_s[rank] / statistics.median_low(probe_s)
             self._show(
                 {
