@@ -130,8 +130,6 @@ class Session:
         finally:
             self.committer.close()
             self._keep_profile()
-        # The driver ends the MLflow run: evaluation still writes to it.
-        self.tracker.flush(timeout_s=60)
         return False
 
     def _inputs(self, stream: Iterator[list[PackedBatch]]) -> Iterator[StepInput]:

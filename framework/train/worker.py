@@ -42,7 +42,9 @@ def work(args: WorkerArgs) -> None:
         rank = _set_up(args)
         log = rank.log
         with Watchdog(args.train.hang_timeout_s, rank.report_hang) as watchdog:
-            _work(rank, watchdog)
+            tracker = _work(rank, watchdog)
+        # The driver ends the MLflow run: evaluation still writes to it.
+        tracker.flush(timeout_s=60 if tracker.problem is None else 5)
     except BaseException as error:
         traceback.print_exc()
         if not may_pass(error):
@@ -54,7 +56,8 @@ def work(args: WorkerArgs) -> None:
                 log.save()
 
 
-def _work(rank: Rank, watchdog: Watchdog) -> None:
+def _work(rank: Rank, watchdog: Watchdog) -> Tracker:
+    """Train; the tracker that rank 0 told of it."""
     args = rank.args
     if args.restarts:
         be_patient()
@@ -88,6 +91,7 @@ def _work(rank: Rank, watchdog: Watchdog) -> None:
             watchdog.beat()
             rank.tell({"stage": "training", "step": start, "resumed": latest is not None})
             again = Session(rank, engine, watchdog, tracker, latest).run(stream)
+    return tracker
 
 
 def _set_up(args: WorkerArgs) -> Rank:
