@@ -71,7 +71,7 @@ class Session:
             time.perf_counter, peak_tflops=config.peak_tflops, num_devices=rank.dp_size
         )
         self.breakdown = Breakdown(rank.plan.sources, "cpu")
-        self.guard = Guard(config.guard, latest.meta["guard"] if latest is not None else None)
+        self.guard = Guard(config.guard, latest.meta.get("guard") if latest is not None else None)
         self.clock = _Clock(rank, latest)
         self.scratch = tempfile.TemporaryDirectory()
         profiler = replace(config.profiler, enabled=args.profile)
