@@ -179,7 +179,7 @@ def finish(start: Callable[..., subprocess.Popen[str]]) -> Callable[..., str]:
 
     def run(module: str, *arguments: str) -> str:
         process = start(module, *arguments)
-        output, _ = process.communicate(timeout=280)
+        output, _ = process.communicate(timeout=900)
         assert process.returncode == 0, output[-6000:]
         return output
 

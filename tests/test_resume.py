@@ -20,7 +20,7 @@ from framework.checkpoint import Checkpoints
 from framework.storage import Store
 from framework.train.report import read_ledger
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 STEPS = 30
 Process = subprocess.Popen[str]

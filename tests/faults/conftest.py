@@ -120,7 +120,7 @@ class Run:
 
     def end(self) -> str:
         """What it printed, once it has ended well."""
-        output = self.process.communicate(timeout=280)[0]
+        output = self.process.communicate(timeout=900)[0]
         assert self.process.returncode == 0, output[-6000:]
         return output
 

@@ -14,7 +14,7 @@ from framework.train.fence import read_attempt
 from framework.train.report import read_ledger
 from tests.faults.conftest import UserCode, clips_of, losses_of, skipped_in
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 STEPS = 30
 
@@ -50,7 +50,7 @@ def test_steps_that_went_wrong_are_left_out_and_nothing_else(
         f"model.faults={{nan: {nan}, spike: {spike}}}",
         "train.guard.on_spike=rollback",
     )
-    output = process.communicate(timeout=280)[0]
+    output = process.communicate(timeout=900)[0]
     assert process.returncode == 0, output[-6000:]
     assert f"step {spike_step} has a loss spike" in output
     assert f"back to step 20, and on without step {spike_step}" in output
@@ -89,7 +89,7 @@ def test_a_mistake_of_the_users_own_ends_the_run_at_once(
     words: str,
 ) -> None:
     process = user_code.train(*line, "model=faulty", f"model.faults={{{fault}: 1}}", *options)
-    output = process.communicate(timeout=280)[0]
+    output = process.communicate(timeout=900)[0]
     assert process.returncode == 2, output[-6000:]
     assert "error: " in output
     assert words in output.split("error: ")[1]

@@ -16,7 +16,7 @@ from framework.storage import Store
 from framework.train.report import read_ledger
 from tests.faults.conftest import Process, Run, clips_of, losses_of
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 STEPS = 45
 HANG_TIMEOUT_S = 20  # far above a step, far below this test's own time-out

@@ -16,7 +16,7 @@ from framework.train.fence import read_attempt
 from framework.train.report import read_ledger
 from tests.faults.conftest import Process, Run
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 STEPS = 400  # more than it comes to: it is stopped
 
