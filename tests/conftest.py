@@ -129,16 +129,21 @@ def s3_server() -> Iterator[str]:
     server.stop()
 
 
-@pytest.fixture
-def s3_bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The URL of an empty bucket there; this process and its children have the credentials."""
+def use_s3(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+    """This process and its children take s3:// to be the server at `address`."""
     for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_REGION", "http_proxy", "HTTP_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", address)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+
+
+@pytest.fixture
+def s3_bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The URL of an empty bucket there; this process and its children have the credentials."""
+    use_s3(monkeypatch, s3_server)
     for path, method in (("moto-api/reset", "POST"), ("bucket", "PUT")):
         urllib.request.urlopen(urllib.request.Request(f"{s3_server}/{path}", method=method)).close()
     return "s3://bucket"

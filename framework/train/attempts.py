@@ -161,7 +161,7 @@ class Attempts:
             if told != has:
                 told = has
                 self.show({"text": f"waiting for nodes: room for {has} workers, {fewest} needed"})
-            time.sleep(1.0)
+            time.sleep(1.0)  # Ray tells nobody when a node joins
 
 
 class _NodeWatch:

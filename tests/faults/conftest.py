@@ -21,6 +21,7 @@ import framework
 from framework.checkpoint import Checkpoints
 from framework.storage import Store
 from framework.train.fence import read_attempt
+from tests.conftest import use_s3
 
 Process = subprocess.Popen[str]
 
@@ -101,7 +102,7 @@ class Run:
         while not condition():
             assert self.process.poll() is None, self.process.communicate()[0][-6000:]
             assert time.monotonic() < deadline, f"it does not come; see {self.store.url}/logs"
-            time.sleep(0.05)
+            time.sleep(0.05)  # a store tells nobody when it changes
 
     def wait_for_commit_after(self, step: int) -> None:
         self.wait_until(lambda: self.committed() > step)
@@ -161,13 +162,7 @@ def s3_process(free_port: Callable[[], int], monkeypatch: pytest.MonkeyPatch) ->
         text=True,
     )
     address = f"http://127.0.0.1:{port}"
-    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_REGION", "http_proxy", "HTTP_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", address)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    use_s3(monkeypatch, address)
     try:
         while True:
             assert server.poll() is None
@@ -175,7 +170,7 @@ def s3_process(free_port: Callable[[], int], monkeypatch: pytest.MonkeyPatch) ->
                 request = urllib.request.Request(f"{address}/bucket", method="PUT")
                 urllib.request.urlopen(request, timeout=5).close()
                 break
-            time.sleep(0.1)
+            time.sleep(0.1)  # it says nothing when it is ready
         yield server
     finally:
         server.send_signal(signal.SIGCONT)

@@ -70,7 +70,7 @@ def test_adding_reads_nothing_back_from_the_device() -> None:
     """A meta tensor has no values: whoever asks for one gets an error, as a sync would be."""
     breakdown = Breakdown(["a"], "meta")
     breakdown.add(replace(batch()).to("meta"), T.to("meta"), SUMS.to("meta"))
-    with pytest.raises(NotImplementedError):
+    with pytest.raises(NotImplementedError):  # what torch says of reading a meta tensor
         breakdown.take()
 
 
