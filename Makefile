@@ -33,11 +33,15 @@ endif
 demo: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(AROUND) $(BIN)/python -m framework.demo experiment=demo $(ROOT) $(ARGS)
 
+# Two at a time: a test of a whole run waits a good part of its time. A file's tests stay together,
+# for they share what they started.
+PYTEST := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+
 test: lint
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -q $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-fast: $(READY)
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -q -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

@@ -1,21 +1,24 @@
 """A run that is disturbed at random for as long as you like: what it loses, whether it is right.
 
     python -m benchmarks.chaos --minutes 60 --mtbf-s 120 [--seed 0] [--quick]
+                               [--store-away-s 60 60] [--mlflow-away-s 600]
 
-The small line of the tests on two ranks, in a bucket of an S3 server (moto) in a process of its
-own. At exponentially distributed times, `--mtbf-s` apart on the average, one of these, all alike
-probable, meets it:
+The small line of the tests on two ranks, in a bucket of an S3 server (moto) and on an MLflow
+server, in processes of their own. At exponentially distributed times, `--mtbf-s` apart on the
+average, one of these, all alike probable, meets it:
 
     rank killed     kill -9 of a worker
     driver killed   kill -9 of the driver's whole session; the same command at once
     notice          SIGTERM to a worker
     rank hangs      SIGSTOP of a worker; SIGCONT comes long after the others have given up
-    store away      SIGSTOP of the S3 server for 5 to 20 s
+    store away      SIGSTOP of the S3 server, for 5 to 20 s where `--store-away-s` does not say
 
-The next may come before the last is over. A command that ends by itself (too many failures without
-a checkpoint between) is started again and counted as well. When time is up, the run is stopped by
+`--mlflow-away-s` holds the MLflow server as well, once, from the third minute on. The next event
+may come before the last is over. A command that ends by itself (too many failures without a
+checkpoint between) is started again and counted as well. When time is up, the run is stopped by
 Ctrl-C, which commits. Then the same run is made without disturbance, up to the same step of as
-many, and the ledgers are compared: clips of each step, and losses, to the bit.
+many, and the ledgers are compared: clips of each step, and losses, to the bit. MLflow must have
+each step's loss once.
 
 goodput: seconds of steps whose last execution was kept (`speed/step_s` without `data/wait_share`),
 over wall time from the first command to the run's orderly end. Beside it the run's own
@@ -27,16 +30,21 @@ The last line is JSON.
 """
 
 import argparse
+import contextlib
 import json
 import math
 import os
 import random
 import signal
+import socket
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,7 +57,7 @@ from framework.train.report import read_ledger
 
 NUM_CLIPS = 960  # about 250 steps an epoch
 MAX_STEPS_PER_S = 10  # more than it makes; the run must not come to its last step
-OUTAGE_S = (5.0, 20.0)
+MLFLOW_AWAY_FROM_S = 120.0
 MAX_GIVEN_UP = 5  # ends of the command in a row without a new step: then it is a bug
 LINE = [
     "experiment=demo",
@@ -82,9 +90,10 @@ class Freezer:
         self._frozen: list[tuple[float, psutil.Process]] = []
 
     def freeze(self, process: psutil.Process, seconds: float) -> None:
-        """SIGSTOP, and SIGCONT so much later."""
-        process.suspend()
-        self._frozen.append((time.monotonic() + seconds, process))
+        """SIGSTOP of it and its children, and SIGCONT so much later."""
+        for stopped in (process, *process.children(recursive=True)):
+            stopped.suspend()
+            self._frozen.append((time.monotonic() + seconds, stopped))
 
     def thaw(self, everything: bool = False) -> None:
         """Those whose time is over go on, or all; call it often."""
@@ -99,13 +108,16 @@ class Freezer:
 
 @dataclass
 class Chaos:
-    """Disturbs a run; `store` is the S3 server's process."""
+    """Disturbs a run; `store` and `mlflow` are the servers' processes."""
 
     run: RealRun
     store: psutil.Process
+    mlflow: psutil.Process
     chance: random.Random
     mtbf_s: float
     hang_s: float
+    store_away_s: tuple[float, float]
+    mlflow_away_s: float
     freezer: Freezer = field(default_factory=Freezer)
     events: list[Event] = field(default_factory=list)
 
@@ -119,6 +131,7 @@ class Chaos:
             "store away": self._store_away,
         }
         deadline = time.monotonic() + seconds
+        mlflow_due = time.monotonic() + MLFLOW_AWAY_FROM_S
         due, kind = self._next(list(kinds))
         given_up = 0
         while time.monotonic() < deadline:
@@ -131,6 +144,10 @@ class Chaos:
                     raise RuntimeError(f"it ends again and again: {self.run.last_words()}")
                 self._note("command ended")
                 self.run.start()
+            if self.mlflow_away_s and time.monotonic() >= mlflow_due:
+                self._note("MLflow away", f"for {self.mlflow_away_s:.0f} s")
+                self.freezer.freeze(self.mlflow, self.mlflow_away_s)
+                mlflow_due = math.inf
             needs_worker = kind in ("rank killed", "notice", "rank hangs")
             if time.monotonic() >= due and (self.run.workers() or not needs_worker):
                 kinds[kind]()
@@ -175,7 +192,7 @@ class Chaos:
         self.freezer.freeze(victim, self.hang_s)
 
     def _store_away(self) -> None:
-        seconds = self.chance.uniform(*OUTAGE_S)
+        seconds = self.chance.uniform(*self.store_away_s)
         self._note("store away", f"for {seconds:.0f} s")
         self.freezer.freeze(self.store, seconds)
 
@@ -227,6 +244,44 @@ def compare(expected: dict[int, dict[str, Any]], found: dict[int, dict[str, Any]
     return problems
 
 
+@contextlib.contextmanager
+def mlflow_server(folder: Path) -> Iterator[tuple[str, psutil.Process]]:
+    """Its address and its process."""
+    folder.mkdir()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--port", str(port)]
+    command += ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db"]
+    command += ["--artifacts-destination", f"{folder}/artifacts"]
+    quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    with (folder / "server.log").open("wb") as log:
+        server = subprocess.Popen(
+            command, stdout=log, stderr=log, start_new_session=True, env={**os.environ, **quiet}
+        )
+    try:
+        while True:
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+                break
+            if server.poll() is not None:
+                raise SystemExit((folder / "server.log").read_text())
+            time.sleep(0.2)  # it says nothing when it is ready
+        yield f"http://127.0.0.1:{port}", psutil.Process(server.pid)
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait(timeout=60)
+
+
+def steps_in_mlflow(uri: str) -> list[int]:
+    """Of the loss of the only run that the server has."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(uri)
+    (run,) = client.search_runs([client.get_experiment_by_name("longtake").experiment_id])
+    return sorted(m.step for m in client.get_metric_history(run.info.run_id, "train/loss"))
+
+
 def main() -> None:
     """Print what happens, a table, and one JSON line."""
     parser = argparse.ArgumentParser()
@@ -234,6 +289,8 @@ def main() -> None:
     parser.add_argument("--mtbf-s", type=float, default=120.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--hang-timeout-s", type=float, default=30.0)
+    parser.add_argument("--store-away-s", type=float, nargs=2, default=(5.0, 20.0))
+    parser.add_argument("--mlflow-away-s", type=float, default=0.0)
     parser.add_argument("--quick", action="store_true", help="3 minutes, an event every 40 s")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and so end what was started
@@ -241,6 +298,7 @@ def main() -> None:
     with (
         tempfile.TemporaryDirectory() as name,
         s3_server("bench", Path(name) / "s3.log") as environment,
+        mlflow_server(Path(name) / "mlflow") as (mlflow_uri, mlflow),
     ):
         folder = Path(name)
         (server,) = (p for p in psutil.Process().children() if "moto.server" in p.cmdline())
@@ -248,9 +306,16 @@ def main() -> None:
         steps = math.ceil(60 * minutes * MAX_STEPS_PER_S)
         line = [*LINE, *make_data("s3://bench/data", NUM_CLIPS), f"train.steps={steps}"]
         line.append(f"train.hang_timeout_s={options.hang_timeout_s}")
-        with RealRun(folder / "disturbed", line, "s3://bench/disturbed") as run:
+        with RealRun(folder / "disturbed", line, "s3://bench/disturbed", mlflow=mlflow_uri) as run:
             chaos = Chaos(
-                run, server, random.Random(options.seed), mtbf_s, 2 * options.hang_timeout_s
+                run,
+                server,
+                mlflow,
+                random.Random(options.seed),
+                mtbf_s,
+                2 * options.hang_timeout_s,
+                tuple(options.store_away_s),
+                options.mlflow_away_s,
             )
             began = run.start()
             try:
@@ -263,11 +328,16 @@ def main() -> None:
                 run.kill()
             wall_s, committed = time.time() - began, run.committed()
             found = read_ledger(run.store)
+        in_mlflow = steps_in_mlflow(mlflow_uri)
         with RealRun(folder / "undisturbed", line, "s3://bench/undisturbed") as whole:
             whole.start()
             whole.wait_for(lambda: whole.committed() >= committed, timeout_s=600 + 2 * wall_s)
             expected = read_ledger(whole.store)
-    report(run, chaos.events, wall_s, committed, compare(expected, found))
+    problems = compare(expected, found)
+    if in_mlflow != list(range(committed)):
+        missing = sorted(set(range(committed)) - set(in_mlflow))
+        problems.append(f"MLflow has {len(in_mlflow)} of {committed} losses; missing: {missing}")
+    report(run, chaos.events, wall_s, committed, problems)
 
 
 def report(

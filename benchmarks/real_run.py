@@ -56,12 +56,14 @@ class RealRun:
         overrides: list[str],
         root: str | None = None,
         environment: Mapping[str, str] | None = None,
+        mlflow: str | None = None,
     ) -> None:
-        """`root`: where the run lives, a URL; else below `folder` as well."""
+        """`root`: where the run lives, a URL; `mlflow`: its tracker; both else below `folder`."""
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, root = folder, root or f"{folder}/runs"
         self.store = Store(f"{root}/run")
-        own = [f"run.root={root}", "run.name=run", f"tracking.uri=sqlite:///{folder}/mlflow.db"]
+        self.mlflow = mlflow or f"sqlite:///{folder}/mlflow.db"
+        own = [f"run.root={root}", "run.name=run", f"tracking.uri={self.mlflow}"]
         self._command = [sys.executable, "-m", "framework.train", *overrides, *own]
         self._environment = {**os.environ, **(environment or {}), "HOME": f"{folder}/home"}
         self.process: subprocess.Popen[bytes] | None = None

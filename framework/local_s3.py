@@ -21,7 +21,7 @@ from pathlib import Path
 
 from framework.storage import Store
 
-NOT_KEPT = (".tar", ".distcp")  # shards of clips and of checkpoints
+NOT_KEPT = (".tar", ".bin")  # shards of clips and of checkpoints
 START_TIMEOUT_S = 60.0
 
 

@@ -1,9 +1,9 @@
 """Bytes that training takes on one GPU, in closed form: states by ZeRO stage, and activations.
 
-Rajbhandari et al. 2020 ("ZeRO"), sec. 3 and 5, for the states; activations are what autograd keeps
-of our blocks, counted tensor by tensor (tests/model_zoo/test_memory.py). Not counted: the
-allocator's fragments, communication buckets, the CUDA context and kernels' workspaces, some 3 to 6
-GiB together.
+Rajbhandari et al. 2020 ("ZeRO"), sec. 3 and 5, for the states, but with gradients summed in
+float32; activations are what autograd keeps of our blocks, counted tensor by tensor
+(tests/model_zoo/test_memory.py). Not counted: the allocator's fragments, communication buckets, the
+CUDA context and kernels' workspaces, some 3 to 6 GiB together.
 """
 
 from dataclasses import dataclass, fields
@@ -11,24 +11,26 @@ from dataclasses import dataclass, fields
 from model_zoo.dit import DiTConfig
 from model_zoo.layers import CheckpointPolicy
 
-MASTER, MOMENTS, EMA = 4, 8, 4  # bytes of a parameter: float32, Adam's two, the average
+FLOAT32 = 4  # bytes: of master weights, gradients, the average and each of Adam's two moments
 
 
 @dataclass(frozen=True)
 class Memory:
     """Bytes on one rank."""
 
-    weights: int
+    weights: int  # as the model computes with them
     gradients: int
-    optimizer: int  # master weights where they are not the weights, and Adam's moments
+    optimizer: int  # Adam's moments, and master weights
     ema: int
-    gathered: int  # weights of the blocks at work, whole
+    gathered: int  # weights that stage 3 holds whole
     activations: int
+
+    host: int  # the CPU's: what is offloaded, and the copy that a checkpoint is written from
 
     @property
     def total(self) -> int:
-        """All of them."""
-        return sum(getattr(self, field.name) for field in fields(self))
+        """On the GPU."""
+        return sum(getattr(self, field.name) for field in fields(self)) - self.host
 
 
 def training_memory(
@@ -39,24 +41,40 @@ def training_memory(
     value_bytes: int,
     tokens: int,
     policy: CheckpointPolicy,
+    gathered: int = 0,
+    has_ema: bool = True,
+    offload: str = "none",
 ) -> Memory:
-    """Of a model in weights of `value_bytes` (2 for bf16, 4 for fp32) on packs of `tokens`.
+    """Of a model that computes in values of `value_bytes` (2 for bf16, 4 for fp32).
 
-    stage: what ZeRO cuts over the ranks: 0 nothing, 1 the optimizer, 2 also gradients, 3 all.
+    stage: what ZeRO cuts over the ranks: 1 the optimizer, 2 also gradients, 3 all; from 1 on there
+    are master weights beside the model's own, also in fp32. 0: nothing is cut, and the master
+    weights are the model's (bf16 by autocast). tokens: of a pack. gathered: values of weights that
+    a rank holds whole at a time in stage 3. offload: as `ZeroConfig` has it.
     """
 
     def held(bytes_each: int, from_stage: int) -> int:
         return num_parameters * bytes_each // (num_ranks if stage >= from_stage else 1)
 
-    block = num_parameters // config.depth * value_bytes
-    master = MASTER if value_bytes < MASTER else 0
+    weights = held(value_bytes if stage else FLOAT32, 3)
+    gradients = held(FLOAT32, 2)
+    optimizer = held((3 if stage else 2) * FLOAT32, 1)
+    ema = held(FLOAT32 if has_ema else 0, 1)
+    # The copy has weights, moments and average, in float32.
+    host = held(3 * FLOAT32, 1) + ema
+    if offload != "none":
+        host += gradients + optimizer + ema
+        gradients = optimizer = ema = 0
+    if offload == "all":
+        host, weights = host + weights, 0
     return Memory(
-        weights=held(value_bytes, 3),
-        gradients=held(value_bytes, 2),
-        optimizer=held(master + MOMENTS, 1),
-        ema=held(EMA, 1),
-        gathered=2 * block if stage == 3 else 0,  # one at work, one on its way
+        weights=weights,
+        gradients=gradients,
+        optimizer=optimizer,
+        ema=ema,
+        gathered=gathered * value_bytes if stage == 3 else 0,
         activations=activation_bytes(config, value_bytes, tokens, policy),
+        host=host,
     )
 
 

@@ -12,7 +12,7 @@ from framework.storage import Store
 from framework.train.report import read_ledger
 from framework.video import probe
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 def test_the_line_learns_from_real_footage(finish: Callable[..., str], tmp_path: Path) -> None:

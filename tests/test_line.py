@@ -12,7 +12,7 @@ from framework.train.report import read_ledger
 from framework.video import probe
 
 READING = ("clips_per_s", "mb_per_s", "decode_ms", "fetch_ms", "wait_share_worst")
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 def test_the_demo_and_then_each_command_on_its_run(

@@ -20,7 +20,7 @@ import pytest
 from framework.checkpoint import Checkpoints
 from framework.storage import Store
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 WHERE = "source != 'none' and height >= 16"  # spaces, quotes, signs
 ROOT = Path(__file__).resolve().parent.parent

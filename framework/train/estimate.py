@@ -17,6 +17,7 @@ from framework.data.views import choose_views
 from framework.train.config import HardwareConfig
 from framework.train.engine import DTYPES
 from framework.train.job import Job
+from framework.train.zero import ZeroConfig, derive_sizes
 from model_zoo.dit import DiTConfig
 from model_zoo.flops import Grid, training_flops_per_token
 from model_zoo.layers import CheckpointPolicy
@@ -69,11 +70,13 @@ class Estimate:
             lines.append(f"cost           ${dollars:,.0f}")
         if self.memory is None:
             return "\n".join([*lines, "memory         not known of this model"])
-        parts = {name: value / GIB for name, value in vars(self.memory).items()}
+        parts = {name: value / GIB for name, value in vars(self.memory).items() if name != "host"}
         shown = ", ".join(f"{name} {value:.1f}" for name, value in parts.items() if value >= 0.05)
         lines += [
             f"memory         {self.memory.total / GIB:.1f} GiB a GPU, and about {RESERVED_GIB:g} "
             f"beside it: {shown}",
+            f"               {self.memory.host / GIB:.1f} GiB of the CPU a GPU: what is offloaded,"
+            " and the copy that a checkpoint is written from",
             f"               {'fits' if self.fits else 'DOES NOT FIT'} {hardware.memory_gib:g} GiB",
             *(f"               would fit: {cure}" for cure in self.cures),
         ]
@@ -132,16 +135,19 @@ def _memory(job: Job, tokens: int, num_gpus: int, policy: CheckpointPolicy) -> M
     model: Any = job.assembly.model
     if not isinstance(model, DiTConfig):
         return None
-    engine: Any = job.engine
-    stage = getattr(engine, "stage", 0)  # the plain engine's
+    engine, numel = job.engine, job.assembly.num_parameters()
+    is_zero = isinstance(engine, ZeroConfig)
     return training_memory(
         model,
-        job.assembly.num_parameters(),
-        stage,
+        numel,
+        engine.stage if is_zero else 0,
         num_gpus,
         DTYPES[engine.dtype].itemsize,
         tokens,
         policy,
+        gathered=derive_sizes(engine, numel, numel // model.depth).live if is_zero else 0,
+        has_ema=engine.ema_decay > 0,
+        offload=engine.offload if is_zero else "none",
     )
 
 

@@ -61,6 +61,8 @@ def may_pass(error: BaseException) -> bool:
 
 def words_of(error: BaseException) -> str:
     """An error in one sentence, with the place in the code where it was raised."""
+    if isinstance(error, ray.exceptions.RayTaskError) and isinstance(error.cause, ValueError):
+        return str(error.cause)  # without the task's stack
     frames = traceback.extract_tb(error.__traceback__)
     at = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
     if isinstance(error, ValueError):  # written for the user

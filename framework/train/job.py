@@ -13,6 +13,7 @@ from typing import Any
 
 import ray
 import ray.train
+from ray import cloudpickle
 from ray.train.torch import TorchTrainer
 
 from framework.assembly import Assembly
@@ -32,6 +33,7 @@ from framework.storage import Store, be_patient
 from framework.tracking import Status
 from framework.train.attempts import Attempts
 from framework.train.config import RunSection, TrainConfig
+from framework.train.entry import start
 from framework.train.fence import Fence
 from framework.train.identity import code_version
 from framework.train.notice import NoticingTorchConfig
@@ -39,7 +41,6 @@ from framework.train.preflight import check_driver, refusal, show_checks
 from framework.train.progress import Line, Stopped
 from framework.train.rank import WorkerArgs
 from framework.train.run_tracker import open_tracker
-from framework.train.worker import work
 
 # Of a checkpoint: float32 weights, two moments of Adam, and the EMA.
 BYTES_PER_PARAMETER = 16
@@ -175,8 +176,8 @@ def _trainer(
     """Ray Train's part: start the workers as a group, once."""
     gpus = cluster.gpus_per_worker
     return TorchTrainer(
-        work,
-        train_loop_config=args,
+        start,
+        train_loop_config=cloudpickle.dumps(args),
         torch_config=NoticingTorchConfig(backend="cpu:gloo,cuda:nccl" if gpus else "gloo"),
         scaling_config=ray.train.ScalingConfig(
             num_workers=num_workers,

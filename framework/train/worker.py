@@ -10,13 +10,14 @@ import traceback
 from functools import partial
 from typing import Any
 
+import ray
 import ray.train
 import ray.train.torch
 import torch
 from torch import nn
 
 from framework.checkpoint import Checkpoints
-from framework.data.collate import ClipReader
+from framework.data.collate import ClipReader, VideoReader
 from framework.data.plan import Plan
 from framework.data.stream import open_stream
 from framework.logs import RunLog
@@ -29,7 +30,13 @@ from framework.train.rank import Rank, WorkerArgs
 from framework.train.run_tracker import open_tracker
 from framework.train.session import Session
 from framework.train.watchdog import Watchdog
-from framework.train.worst import try_worst_packs, worst_packs
+from framework.train.worst import (
+    codec_too_large,
+    longest_view,
+    try_longest_view,
+    try_worst_packs,
+    worst_packs,
+)
 
 
 def work(args: WorkerArgs) -> None:
@@ -126,16 +133,28 @@ def _build_engine(rank: Rank, reader: ClipReader, watchdog: Watchdog, is_fresh: 
 
     if is_fresh and args.train.try_worst_packs:
         rank.tell({"stage": "trying the largest packs"})
+        encoding = _encode_longest_view(rank, reader)
         longest_text = getattr(args.assembly.text, "max_tokens", None)
         packs = worst_packs(rank.plan.recipe, reader, longest_text, args.stream.static_shapes)
         per_step = -(-rank.plan.recipe.global_batch_packs // rank.dp_size)
         objective = args.assembly.build_objective()
         try_worst_packs(build(), objective, packs, rank.device, packs_per_step=per_step)
+        try:
+            ray.get(encoding)
+        except ray.exceptions.OutOfMemoryError as error:  # Ray ended the task to save the machine
+            raise codec_too_large(longest_view(rank.plan.recipe), error) from error
         gc.collect()
         watchdog.beat()
         if rank.device.type == "cuda":
             torch.cuda.empty_cache()
     return build()
+
+
+def _encode_longest_view(rank: Rank, reader: ClipReader) -> list[ray.ObjectRef[None]]:
+    """The codec's trial, in a task like the stream's; none where the stream does not encode."""
+    if not rank.is_first or not isinstance(reader, VideoReader):
+        return []
+    return [ray.remote(max_retries=1)(try_longest_view).remote(rank.plan.recipe, reader)]
 
 
 def _model(rank: Rank) -> nn.Module:

@@ -137,29 +137,37 @@ def try_worst_packs(
             ) from error
 
 
-def try_longest_view(recipe: Recipe, reader: ClipReader) -> None:
-    """Encode a black clip of the longest view, where the stream encodes; else do nothing.
+def try_longest_view(recipe: Recipe, reader: VideoReader) -> None:
+    """Encode a black clip of the longest view.
 
     Call it where the stream's tasks run, which may be other machines than the ranks'. ValueError
     where memory runs out; on a CPU the kernel may end the process instead.
     """
-    if not isinstance(reader, VideoReader):
-        return
-    views = [size.view for _, rate in recipe.keep for size in _sizes(recipe, rate)]
-    view = max(views, key=lambda view: view.num_frames * view.height * view.width)
+    view = longest_view(recipe)
     frames = np.zeros((view.num_frames, view.height, view.width, 3), np.uint8)
     try:
         tokens = reader.tokenize(frames)
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
-        raise ValueError(
-            f"memory runs out when the codec encodes {view.num_frames} frames of "
-            f"{view.height}x{view.width}; take smaller data.views.frames or data.views.sizes, or "
-            f"encode ahead (python -m framework.data.encode). {_first_line(error)}"
-        ) from error
+        raise codec_too_large(view, error) from error
     wanted = (_num_tokens(recipe, view), reader.token_size)
     assert tokens.shape == wanted, (tokens.shape, wanted)
+
+
+def longest_view(recipe: Recipe) -> View:
+    """The view of the most pixels that a clip may have."""
+    views = [size.view for _, rate in recipe.keep for size in _sizes(recipe, rate)]
+    return max(views, key=lambda view: view.num_frames * view.height * view.width)
+
+
+def codec_too_large(view: View, error: BaseException) -> ValueError:
+    """That the codec has no memory for a view, and what to change."""
+    return ValueError(
+        f"memory runs out when the codec encodes {view.num_frames} frames of "
+        f"{view.height}x{view.width}; take smaller data.views.frames or data.views.sizes, or "
+        f"encode ahead (python -m framework.data.encode). {_first_line(error)}"
+    )
 
 
 def describe(pack: PackedBatch) -> str:

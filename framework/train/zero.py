@@ -52,6 +52,10 @@ from framework.train.zero_stages import Stage, Stage1And2, Stage3
 
 OFFLOADS = ("none", "optimizer", "all")
 
+# Of a rank's values, stage 3 updates so many at a time, and copies their gradients for it: 400 MB.
+# DeepSpeed's default is ten times as many, and so up to 4 GB. Chosen by hand.
+UPDATED_AT_A_TIME = 100_000_000
+
 
 @dataclass(frozen=True)
 class ZeroConfig:
@@ -246,6 +250,7 @@ class ZeroEngine:
             by_stage = {
                 "stage3_prefetch_bucket_size": sizes.gathered,
                 "stage3_max_live_parameters": sizes.live,
+                "sub_group_size": UPDATED_AT_A_TIME,
                 "stage3_param_persistence_threshold": config.persistence_threshold,
                 "memory_efficient_linear": config.memory_efficient_linear,
             }

@@ -21,10 +21,14 @@ from torch.utils.checkpoint import checkpoint
 
 from framework.sharded_state import load_state, shapes_of
 from framework.storage import Store
+from framework.train import zero
 from framework.train.engine import KINDS, Engine
 from framework.train.optimizer import AdamWConfig, ParameterGroup
 from framework.train.plain import PlainConfig
 from framework.train.zero import Sizes, ZeroConfig, derive_sizes
+from model_zoo.dit import DiTConfig
+from model_zoo.layers import CheckpointPolicy
+from model_zoo.memory import training_memory
 
 CPU = torch.device("cpu")
 WIDTH, PACKS, STEPS, SAVED = 16, 4, 5, 3
@@ -174,6 +178,20 @@ class Gate(Store):
         super().write(name, data)
 
 
+def held(engine: Any) -> dict[str, int]:
+    """Bytes that DeepSpeed keeps on this rank, by the names of `model_zoo.memory.Memory`."""
+    flats = engine.stage.flats
+    moments = [engine.zero.optimizer.state[flat][k] for flat in flats for k in KINDS[1:3]]
+    found = {
+        "weights": sum(getattr(p, "ds_tensor", p).nbytes for p in engine.params.values()),
+        "optimizer": sum(tensor.nbytes for tensor in (*flats, *moments)),
+        "ema": sum(piece.values.nbytes for piece in engine.state["ema"].values()),
+    }
+    if engine.config.stage == 3:
+        found["gradients"] = engine.zero.grad_partitions_flat_buffer.nbytes
+    return found
+
+
 def refuses(action: Callable[[], Any], error: type[Exception] = AssertionError) -> bool:
     try:
         action()
@@ -276,7 +294,9 @@ def job_odd(rank: int, world: int, folder: Path) -> Any:
         averaging.load(Store(folder / f"{kind}-no-ema"))
         result[kind]["new ema"] = averaging.full_state("ema")
     for stage in (1, 2, 3):
+        result["held", stage, 4] = held(build("zero", stage=stage))
         bf16 = build("zero", stage=stage, dtype="bf16")
+        result["held", stage, 2] = held(bf16)
         result["bf16", stage] = {"initial": bf16.full_state()}
         result["bf16", stage]["rows"] = train(bf16, range(STEPS), rank, world)
         result["bf16", stage]["dtype"] = str(next(bf16.model.parameters()).dtype)
@@ -342,6 +362,7 @@ def rank_main(jobs: str, rank: int, world: int, folder: Path) -> None:
     os.dup2(log, 2)
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
+    zero.UPDATED_AT_A_TIME = 500  # so that a small model is updated in portions, too
     distributed.init_process_group(
         "gloo", f"file://{folder}/rendezvous-{jobs}-{world}", rank=rank, world_size=world
     )
@@ -568,6 +589,15 @@ def test_bf16_keeps_float32_master_weights(ranks: Ranks, stage: int) -> None:
     assert found["nan"] == math.inf
     assert found["kept"]
     assert math.isfinite(found["after"])
+
+
+@pytest.mark.parametrize("value_bytes", [2, 4])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_rank_holds_what_an_estimate_says(ranks: Ranks, stage: int, value_bytes: int) -> None:
+    numel, dit = sum(p.numel() for p in make_model().parameters()), DiTConfig(8, 8, 1, 1)
+    formula = training_memory(dit, numel, stage, 2, value_bytes, 0, CheckpointPolicy())
+    for name, size in ranks.run("odd", 2)["held", stage, value_bytes].items():
+        assert size == pytest.approx(getattr(formula, name), rel=0.03), name  # padding
 
 
 def test_stage_0_is_the_plain_engine(ranks: Ranks) -> None:

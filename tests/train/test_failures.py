@@ -64,6 +64,8 @@ def test_the_words_name_the_place() -> None:
     words = words_of(raised.value)
     assert words.startswith("IndexError: list index out of range (")
     assert "test_failures.py:" in words
+    in_a_task = ray.exceptions.RayTaskError("try", "Traceback …", ValueError("too large"))
+    assert words_of(in_a_task.as_instanceof_cause()) == "too large"
 
 
 def test_patience_is_for_failures_without_progress() -> None:
