@@ -34,6 +34,7 @@ SMALL_LINE = (
     "model.num_heads=2",
     "model.depth=2",
     "model.text_depth=1",
+    "cluster.num_cpus=3",
     "train.steps=12",
     "train.checkpoint_every=4",
     "train.log_every=2",

@@ -69,6 +69,7 @@ def test_interrupted_in_every_way_equals_never_stopped(
         f"train.steps={STEPS}",
         "train.checkpoint_every=5",
         "train.deterministic=true",
+        "train.try_worst_packs=false",
     ]
     finish("framework.train", *without_tracking(line), "tracking=none")
     expected = read_ledger(Store(tmp_path / "runs/small"))

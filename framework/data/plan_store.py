@@ -8,6 +8,7 @@ import functools
 import json
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -186,12 +187,18 @@ class Plan:
             epoch, step = epoch + 1, step - num_steps
         return epoch, step
 
-    def wait_for(self, global_step: int, poll_s: float = 1.0) -> None:
-        """Wait until the epoch of a step is made: the driver makes one while another trains."""
+    def wait_for(
+        self, global_step: int, poll_s: float = 1.0, waiting: Callable[[], None] = lambda: None
+    ) -> None:
+        """Wait until the epoch of a step is made: the driver makes one while another trains.
+
+        Meanwhile `waiting` is called, again and again.
+        """
         while True:
             try:
                 self._index(self.locate(global_step)[0])
             except NotMadeYet:
+                waiting()
                 time.sleep(poll_s)
             else:
                 return

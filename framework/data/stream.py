@@ -15,7 +15,7 @@ Invariant: what arrives is what the plan says, in its order; the consumer assert
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -75,13 +75,14 @@ def open_stream(
     stop: int,
     dp_rank: int,
     dp_size: int,
+    waiting: Callable[[], None] = lambda: None,
 ) -> Iterator[Iterator[list[PackedBatch]]]:
     """This rank's packs of global steps `start` to `stop`, a list for each step.
 
     The first of them are in the making from here on, before anybody asks for one: a rank builds its
     model meanwhile. The list has ceil(G / dp_size) packs on every rank; where dp_size does not
-    divide G, some are dummies. Epochs follow one another without a gap; their plans must have been
-    made.
+    divide G, some are dummies. Epochs follow one another without a gap; `waiting` is called, by a
+    thread, again and again while the plan of one is not made yet.
     """
     loader = _PackLoader(plan, reader, dp_rank, dp_size, config.static_shapes)
     longest = segment_steps(plan.recipe, reader, config, loader.packs_per_step)
@@ -92,7 +93,7 @@ def open_stream(
     def submit() -> list[Future[Iterator[Arrays]]]:
         """The next segment, if there is one, in the making."""
         return [
-            ahead.submit(_make_segment, loader, config, context, segment)
+            ahead.submit(_make_segment, loader, config, context, segment, waiting)
             for segment in islice(segments, 1)
         ]
 
@@ -132,10 +133,14 @@ def _segments(start: int, stop: int, longest: int) -> Iterator[range]:
 
 
 def _make_segment(
-    loader: _PackLoader, config: StreamConfig, context: DataContext, segment: range
+    loader: _PackLoader,
+    config: StreamConfig,
+    context: DataContext,
+    segment: range,
+    waiting: Callable[[], None],
 ) -> Iterator[Arrays]:
     """Run the tasks of a segment to their end; then its rows, fetched one by one."""
-    loader.plan.wait_for(segment[-1])
+    loader.plan.wait_for(segment[-1], waiting=waiting)
     num_rows = len(segment) * loader.packs_per_step
     num_tasks = -(-len(segment) // config.steps_per_task)
     with DataContext.current(context):  # a dataset keeps the context that it was made in

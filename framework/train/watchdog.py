@@ -46,7 +46,7 @@ class Watchdog:
     def beat(self) -> None:
         """There is progress."""
         self._last = time.monotonic()
-        if self._timeout_s:
+        if self._timeout_s and not self._done.is_set():
             faulthandler.dump_traceback_later(LAST_RESORT * self._timeout_s, exit=True)
 
     def _watch(self) -> None:

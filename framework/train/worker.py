@@ -88,7 +88,8 @@ def _work(rank: Rank, watchdog: Watchdog) -> Tracker:
         watchdog.beat()
         start = 0 if latest is None else latest.step
         with open_stream(
-            rank.plan, reader, args.stream, start, steps, rank.number, rank.dp_size
+            *(rank.plan, reader, args.stream, start, steps, rank.number, rank.dp_size),
+            waiting=watchdog.beat,  # for the driver's plan is no hang
         ) as stream:  # the first steps are fetched and decoded while the engine is built
             if engine is None:
                 rank.tell({"stage": "building the engine"})

@@ -2,7 +2,9 @@
 
 One run in object storage is held, warned, cut off from its store, and finds its newest checkpoint
 altered; kills and the death of its driver are in tests/test_resume.py, the loss of nodes in
-test_resize.py, MLflow that is away in tests/test_tracking.py.
+test_resize.py, MLflow that is away in tests/test_tracking.py. Outages here last seconds; the long
+form, with all of these at random and outages as in earnest, is `python -m benchmarks.chaos
+--minutes 20 --hang-timeout-s 90 --store-away-s 60 60 --mlflow-away-s 600`.
 """
 
 import os
@@ -39,7 +41,7 @@ def test_hang_notice_outage_and_altered_checkpoint(
         "train.deterministic=true",
         "tracking=none",
     ]
-    finish("framework.train", *line)
+    finish("framework.train", *line, "train.try_worst_packs=false")  # which changes nothing
     expected = read_ledger(Store(tmp_path / "runs/small"))
     assert sorted(expected) == list(range(STEPS))
 
