@@ -141,6 +141,8 @@ def _build_engine(rank: Rank, reader: ClipReader, watchdog: Watchdog, is_fresh: 
         objective = args.assembly.build_objective()
         try_worst_packs(build(), objective, packs, rank.device, packs_per_step=per_step)
         try:
+            while encoding and ray.wait(encoding, timeout=1.0)[1]:
+                watchdog.beat()  # a task may wait for its turn, and die by itself
             ray.get(encoding)
         except ray.exceptions.OutOfMemoryError as error:  # Ray ended the task to save the machine
             raise codec_too_large(longest_view(rank.plan.recipe), error) from error
