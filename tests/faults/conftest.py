@@ -98,7 +98,7 @@ class Run:
         return int(read_attempt(self.store).get("number", 0))
 
     def wait_until(self, condition: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + 600
         while not condition():
             assert self.process.poll() is None, self.process.communicate()[0][-6000:]
             assert time.monotonic() < deadline, f"it does not come; see {self.store.url}/logs"
