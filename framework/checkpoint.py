@@ -167,10 +167,11 @@ def find_checkpoint(store: Store, which: str | int) -> Checkpoint:
 def load_weights(checkpoint: Checkpoint, model: nn.Module, which: str = "ema") -> None:
     """Load "ema" or "weights" into a plain model in place; no process group, no other rank.
 
-    ValueError where model and checkpoint differ in a name or a shape.
+    ValueError where model and checkpoint differ in a name or a shape, or a file was altered.
     """
     if which not in ("ema", "weights"):
         raise ValueError(f"weights={which!r} must be ema or weights")
+    check_weights(checkpoint, which)
     targets = {f"{which}.{name}": p.detach() for name, p in model.named_parameters()}
     targets |= persistent_buffers(model)
     flat = {
@@ -180,6 +181,30 @@ def load_weights(checkpoint: Checkpoint, model: nn.Module, which: str = "ema") -
     load_state(flat, shapes_of(model), checkpoint.store, alone=True)
     for name, target in targets.items():
         target.copy_(flat[name].view_as(target))
+
+
+def check_weights(checkpoint: Checkpoint, which: str) -> None:
+    """Read the files that hold "ema" or "weights"; ValueError where one is not as it was written.
+
+    They lie apart from Adam's moments, but for one file of each rank, so that it is not all of the
+    checkpoint.
+    """
+    folder = checkpoint.store
+    files = json.loads(folder.read(MARKER))["files"]
+    tensors = json.loads(folder.read(INDEX))["tensors"]
+    # The weights stand for an average that there is not.
+    wanted = next(w for w in (which, "weights") if any(n.startswith(f"{w}.") for n in tensors))
+    held = {
+        file
+        for name, tensor in tensors.items()
+        if name.startswith((f"{wanted}.", "buffers."))
+        for _, _, file, _ in tensor["chunks"]
+    }
+    problem = _find_problem(folder, {name: files[name] for name in (INDEX, *held)}, (0, 1))
+    if problem:
+        raise ValueError(
+            f"{folder.url} is not whole: {problem}; name the one before by checkpoint=STEP"
+        )
 
 
 def _name(step: int) -> str:

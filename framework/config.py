@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from framework.cluster import ClusterConfig
@@ -70,7 +72,7 @@ def conf_dir() -> Path:
 def compose(overrides: list[str]) -> RunConfig:
     """Compose `conf/config.yaml` with Hydra overrides and convert it; ValueError on any mistake."""
     with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return convert(hydra.compose("config", [_force_add(o) for o in overrides]))
+        return convert(hydra.compose("config", [_for_hydra(o) for o in overrides]))
 
 
 def entry(function: Callable[[RunConfig], None], section: str = "") -> None:
@@ -93,7 +95,11 @@ def entry(function: Callable[[RunConfig], None], section: str = "") -> None:
             print(str(stop) or "stopped; the same command goes on", file=sys.stderr)
             sys.exit(130)  # as a shell has it for SIGINT
 
-    sys.argv[1:] = [_force_add(_in_section(a, section)) for a in sys.argv[1:]]
+    try:
+        sys.argv[1:] = [_for_hydra(_in_section(a, section)) for a in sys.argv[1:]]
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     run()
 
 
@@ -107,9 +113,20 @@ def _in_section(argument: str, section: str) -> str:
     return f"{section}.{argument}" if name in its_own - everywhere else argument
 
 
-def _force_add(argument: str) -> str:
-    """Turn `a.b=c` into `++a.b=c`, so that Hydra leaves the check of names to `convert`."""
-    name = argument.split("=", 1)[0]
+def _for_hydra(argument: str) -> str:
+    """Turn `a.b=c` into `++a.b=c`, so that Hydra leaves the check of names to `convert`.
+
+    ValueError where Hydra could not read it; its own error is about its grammar.
+    """
+    name, _, value = argument.partition("=")
+    try:
+        if not argument.startswith("-"):
+            OverridesParser.create().parse_override(argument)
+    except HydraException as error:
+        raise ValueError(
+            f"{argument} cannot be read; quote a value with spaces or signs, for the shell and "
+            f"within: '{name}=\"{value}\"'"
+        ) from error
     is_override = "=" in argument and name.replace(".", "").replace("_", "").isalnum()
     if not is_override or name.startswith("hydra") or (conf_dir() / name).is_dir():
         return argument

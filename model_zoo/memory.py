@@ -34,13 +34,11 @@ class Memory:
 
 
 def training_memory(
-    config: DiTConfig,
     num_parameters: int,
     stage: int,
     num_ranks: int,
     value_bytes: int,
-    tokens: int,
-    policy: CheckpointPolicy,
+    activations: int = 0,
     gathered: int = 0,
     has_ema: bool = True,
     offload: str = "none",
@@ -49,8 +47,8 @@ def training_memory(
 
     stage: what ZeRO cuts over the ranks: 1 the optimizer, 2 also gradients, 3 all; from 1 on there
     are master weights beside the model's own, also in fp32. 0: nothing is cut, and the master
-    weights are the model's (bf16 by autocast). tokens: of a pack. gathered: values of weights that
-    a rank holds whole at a time in stage 3. offload: as `ZeroConfig` has it.
+    weights are the model's (bf16 by autocast). activations: bytes of a pack. gathered: values of
+    weights that a rank holds whole at a time in stage 3. offload: as `ZeroConfig` has it.
     """
 
     def held(bytes_each: int, from_stage: int) -> int:
@@ -73,7 +71,7 @@ def training_memory(
         optimizer=optimizer,
         ema=ema,
         gathered=gathered * value_bytes if stage == 3 else 0,
-        activations=activation_bytes(config, value_bytes, tokens, policy),
+        activations=activations,
         host=host,
     )
 

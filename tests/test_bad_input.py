@@ -224,6 +224,10 @@ TYPED = {
     "no bucket": ("run.root=s3://", "names no bucket; write s3://bucket/prefix"),
     "a plain file store for MLflow": ("tracking.uri=./mlruns", "must start with one of http"),
     "a misspelt column": ('data.where="hieght>4"', "did you mean height?"),
+    "a filter without quotes": (
+        "data.where=height>4",
+        "data.where=height>4 cannot be read; quote a value",
+    ),
     "an unknown source": ("data.sources.wep=1", "sources names 'wep'"),
     "no list of clips to take out": ("data.exclude=/nowhere/x", "is not a text file of clips"),
     "no manifest": ("data.manifest=/nowhere", "no manifest"),

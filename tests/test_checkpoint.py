@@ -200,6 +200,34 @@ def test_weights_or_ema_load_into_a_plain_model(tmp_path: Path) -> None:
         load_weights(checkpoints.get(1), Small(), "raw")
 
 
+def test_altered_weights_are_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only files that hold something of what is wanted are looked at."""
+    monkeypatch.setattr("framework.sharded_state.PART_BYTES", 1)  # a file each tensor
+    checkpoints = Checkpoints(Store(tmp_path))
+    save_model(checkpoints, Small())
+    folder = checkpoints.folder(1)
+    tensors = json.loads(folder.read("state/index.json"))["tensors"]
+
+    def file_of(name: str) -> str:
+        return str(tensors[name]["chunks"][0][2])
+
+    names = ("weights.linear.weight", "ema.linear.weight", "buffers.scale")
+    sound = {name: folder.read(file_of(name)) for name in names}
+    for name, refused_for in (
+        ("weights.linear.weight", {"weights"}),
+        ("ema.linear.weight", {"ema"}),
+        ("buffers.scale", {"weights", "ema"}),
+    ):
+        folder.write(file_of(name), bytes([sound[name][0] ^ 1]) + sound[name][1:])
+        for which in ("weights", "ema"):
+            if which in refused_for:
+                with pytest.raises(ValueError, match=f"{file_of(name)} was altered"):
+                    load_weights(checkpoints.get(1), Small(), which)
+            else:
+                load_weights(checkpoints.get(1), Small(), which)
+        folder.write(file_of(name), sound[name])
+
+
 def test_another_model_is_refused_by_name_and_shape(tmp_path: Path) -> None:
     checkpoints = Checkpoints(Store(tmp_path))
     save_model(checkpoints, Small())

@@ -218,7 +218,10 @@ def _committed_fingerprint(store: Store) -> str:
     try:
         commit = json.loads(store.read("manifest.json"))
     except FileNotFoundError:
-        raise ValueError(f"{where} does not exist: no manifest; index the shards") from None
+        raise ValueError(
+            f"{where} does not exist: no manifest; index the shards, or name the manifest of "
+            "another run by data.manifest=URL"
+        ) from None
     except ValueError as error:
         raise ValueError(f"{where} is not JSON: {error}; index the shards anew") from error
     if not isinstance(commit, dict) or commit.get("version") != VERSION:

@@ -42,7 +42,13 @@ from framework.data.plan_store import (
 )
 from framework.data.plan_writer import UNPLACED, PlanWriter, deal_steps, to_parquet
 from framework.data.recipe import Recipe, plan_digest, plan_identity
-from framework.data.views import choose_views, clip_hashes, num_kept, stored_views
+from framework.data.views import (
+    REFUSALS,
+    choose_views,
+    clip_hashes,
+    num_kept,
+    stored_views,
+)
 from framework.data.where import parse_where
 from framework.seeding import hash64, hash64_array
 from framework.storage import Store
@@ -247,8 +253,8 @@ class _Clips:
             )
         if not self._used:
             raise ValueError(
-                f"none of {self._offered} clips of split {self.split!r} can be used; refused: "
-                f"{dict(self.refused)}; look at the recipe's sizes, frames and budgets"
+                f"none of {self._offered} clips of split {self.split!r} can be used: "
+                + "; ".join(f"{n} {REFUSALS[cause]}" for cause, n in sorted(self.refused.items()))
             )
 
     def _filtered(self, part: int, source: str | None) -> tuple[pa.Table, int]:
@@ -350,7 +356,7 @@ if __name__ == "__main__":
     from framework.assembly import Assembly
     from framework.config import RunConfig, entry
     from framework.mapping import flatten, to_mapping
-    from framework.train.identity import claim
+    from framework.train.identity import claim, giving_back
 
     def main(config: RunConfig) -> None:
         """Plan the steps of a run and print what the plan is like."""
@@ -358,7 +364,8 @@ if __name__ == "__main__":
         assembly.check()
         assembly.check_data()
         run = claim(config.run, flatten(to_mapping(config)))
-        plan = assembly.make_plan(run, config.train.steps, print)
+        with giving_back(run):
+            plan = assembly.make_plan(run, config.train.steps, print)
         print(plan.epochs_of(config.train.steps))
 
     entry(main)

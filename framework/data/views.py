@@ -18,6 +18,15 @@ from framework.seeding import hash64, hash64_array
 # is taken: rounding to multiples of 16 alone moves 16:9 from 1.75 to 1.78. Chosen by hand.
 SAME_ASPECT = 1.05
 
+# Why a clip cannot be used, and which options say so. The last is the planner's.
+REFUSALS = {
+    "too_small": "smaller than all of data.views.sizes (data.views.max_upscale lets them grow)",
+    "still": "of one frame (data.views.stills)",
+    "too_short": "shorter than the shortest of data.views.frames at data.views.fps",
+    "over_budget": "over data.max_tokens even at the shortest of data.views.frames",
+    "too_much_text": "over data.max_text_tokens",
+}
+
 
 @dataclass(frozen=True)
 class Geometry:
@@ -184,10 +193,8 @@ def choose_views(
 ) -> Views:
     """The view of each clip in an epoch.
 
-    clips: columns clip_id, num_frames, fps, height, width, (n,) each. Causes of refusal:
-    "too_small" (every size would need more upscaling than allowed), "still" (one frame, not
-    wanted), "too_short" (fewer frames than the shortest length at the chosen stride), "over_budget"
-    (more than `max_tokens` even at that length).
+    clips: columns clip_id, num_frames, fps, height, width, (n,) each. Causes of refusal are those
+    of REFUSALS but the last.
     """
     num_frames = clips["num_frames"].astype(np.int64)
     native_fps = clips["fps"].astype(np.float64)

@@ -11,7 +11,7 @@ Invariant: nobody's files are overwritten but those of an export that was not fi
 import json
 from collections.abc import Callable
 
-from framework.checkpoint import Checkpoint
+from framework.checkpoint import Checkpoint, check_weights
 from framework.export.card import Facts, card
 from framework.export.weights import write_weights
 from framework.storage import Store
@@ -26,6 +26,11 @@ UNFINISHED = "UNFINISHED"
 def check_free(to: Store) -> None:
     """ValueError where the folder holds anything but the beginning of an export."""
     if not to.exists(UNFINISHED) and (there := to.list()):
+        if to.exists(CONFIG):
+            raise ValueError(
+                f"{to.url} holds a whole export already; delete it, or choose another folder by "
+                "export.to"
+            )
         raise ValueError(
             f"{to.url} is not empty, it holds {there[0]}"
             + (f" and {len(there) - 1} more" if len(there) > 1 else "")
@@ -44,9 +49,10 @@ def export(
     """Write the model of a checkpoint to `to`; a beginning of it that is there is done again.
 
     facts: for the card; `facts.weights` are written. max_bytes: of one file. ValueError where the
-    folder holds something else, or network and checkpoint differ.
+    folder holds something else, or network and checkpoint differ, or the checkpoint was altered.
     """
     check_free(to)
+    check_weights(checkpoint, facts.weights)
     layout = folder_format(network)
     to.write(UNFINISHED, b"an export that has not come to its end; run it again\n")
     ours = (CONFIG, CARD, WEIGHTS.partition(".")[0])

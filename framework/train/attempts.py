@@ -9,13 +9,13 @@ time-out (both seen in 2.60).
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayActorError, RayError
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
 
 from framework.checkpoint import Checkpoints
@@ -206,14 +206,34 @@ def _standing_nodes() -> frozenset[str]:
 
 def _first_words(error: Exception, limit: int = 200) -> str:
     """Who died of what, in one line."""
-    failures = getattr(error, "worker_failures", None)
-    if failures:
-        rank, cause = min(failures.items())
-        ranks = f"rank {rank}" if len(failures) == 1 else f"{len(failures)} ranks"
-        text = f"{ranks} failed: {_last_line(str(cause)) or type(cause).__name__}"
+    failures = dict(getattr(error, "worker_failures", {}))
+    # The others only miss the one that died.
+    dead = {rank: cause for rank, cause in failures.items() if _has_died(cause)}
+    if dead:
+        text = f"{_ranks(dead)} died: {_exit_detail(str(min(dead.items())[1]))}"
+    elif failures:
+        cause = min(failures.items())[1]
+        text = f"{_ranks(failures)} failed: {_last_line(str(cause)) or type(cause).__name__}"
     else:
         text = _last_line(str(error))
     return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def _ranks(failures: Iterable[int]) -> str:
+    ranks = sorted(failures)
+    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
+
+
+def _has_died(error: Exception) -> bool:
+    return isinstance(getattr(error, "health_check_failure", error), RayActorError)
+
+
+def _exit_detail(text: str) -> str:
+    """Why a process is gone, as far as Ray knows, from what it says of an actor that died."""
+    detail = text.rpartition("Worker exit detail: ")[2].strip()
+    if detail.startswith("Worker unexpectedly exits"):  # and then Ray guesses, as we do
+        return "its process was killed, or crashed; its log, or the system's, may say more"
+    return _last_line(detail)
 
 
 def _last_line(text: str) -> str:

@@ -6,9 +6,10 @@ manifest's first part; where there is no manifest, all clips are as long as the 
 
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any
 
 import numpy as np
+import torch
+from torch import nn
 
 from framework.assembly import Assembly
 from framework.data.manifest import read_manifest
@@ -17,11 +18,11 @@ from framework.data.views import choose_views
 from framework.train.config import HardwareConfig
 from framework.train.engine import DTYPES
 from framework.train.job import Job
-from framework.train.zero import ZeroConfig, derive_sizes
+from framework.train.zero import ZeroConfig, derive_sizes, largest_block
 from model_zoo.dit import DiTConfig
 from model_zoo.flops import Grid, training_flops_per_token
 from model_zoo.layers import CheckpointPolicy
-from model_zoo.memory import Memory, training_memory
+from model_zoo.memory import Memory, activation_bytes, training_memory
 
 MIXTURE_CLIPS = 10_000
 # The CUDA context, communication buckets, workspaces, and what the allocator cannot use.
@@ -40,7 +41,8 @@ class Estimate:
     num_gpus: int
     steps: int
     step_s: float
-    memory: Memory | None  # None where the model's activations are not known
+    memory: Memory
+    knows_activations: bool  # else they are left out of `memory`
     hardware: HardwareConfig
     cures: tuple[str, ...]  # what would make it fit, where it does not
 
@@ -52,7 +54,7 @@ class Estimate:
     @property
     def fits(self) -> bool:
         """Whether a GPU holds what is known."""
-        return self.memory is not None and fits(self.memory, self.hardware)
+        return fits(self.memory, self.hardware)
 
     def __str__(self) -> str:
         hardware = self.hardware
@@ -60,24 +62,25 @@ class Estimate:
             f"parameters     {self.num_parameters:,}",
             f"step           {self.tokens_per_step:,} tokens, {self.flops_per_step:.3g} FLOPs; "
             f"{self.mixture}",
-            f"time           {self.step_s:.3g} s a step, on {self.num_gpus} GPUs of "
+            f"time           {self.step_s:.3g} s a step, on {_plural(self.num_gpus, 'GPU')} of "
             f"{hardware.peak_tflops:g} TFLOP/s at {hardware.mfu:.0%}",
-            f"run            {self.steps:,} steps: {self.gpu_days:,.2f} GPU-days, "
+            f"run            {self.steps:,} steps: {self.gpu_days:,.3g} GPU-days, "
             f"{_duration(self.steps * self.step_s)}",
         ]
         if hardware.dollars_per_hour is not None:
             dollars = self.gpu_days * 24 * hardware.dollars_per_hour
             lines.append(f"cost           ${dollars:,.0f}")
-        if self.memory is None:
-            return "\n".join([*lines, "memory         not known of this model"])
         parts = {name: value / GIB for name, value in vars(self.memory).items() if name != "host"}
         shown = ", ".join(f"{name} {value:.1f}" for name, value in parts.items() if value >= 0.05)
+        without = "" if self.knows_activations else ", and activations, not known of this model"
+        verdict = "fits" if self.knows_activations else "without activations it fits"
+        verdict = verdict if self.fits else "DOES NOT FIT"
         lines += [
             f"memory         {self.memory.total / GIB:.1f} GiB a GPU, and about {RESERVED_GIB:g} "
-            f"beside it: {shown}",
+            f"beside it{without}: {shown}",
             f"               {self.memory.host / GIB:.1f} GiB of the CPU a GPU: what is offloaded,"
             " and the copy that a checkpoint is written from",
-            f"               {'fits' if self.fits else 'DOES NOT FIT'} {hardware.memory_gib:g} GiB",
+            f"               {verdict} {hardware.memory_gib:g} GiB",
             *(f"               would fit: {cure}" for cure in self.cures),
         ]
         return "\n".join(lines)
@@ -90,18 +93,21 @@ def estimate(job: Job, hardware: HardwareConfig) -> Estimate:
     grids, mixture = _grids(assembly, recipe)
     tokens = recipe.global_batch_packs * recipe.max_tokens
     flops = training_flops_per_token(assembly.work(), grids) * tokens
-    memory = _memory(job, recipe.max_tokens, num_gpus, job.train.activation_checkpointing)
+    with torch.device("meta"):
+        size = _Size.of(assembly.build_model())
+    policy = job.train.activation_checkpointing
     return Estimate(
-        num_parameters=assembly.num_parameters(),
+        num_parameters=size.numel,
         tokens_per_step=tokens,
         flops_per_step=flops,
         mixture=mixture,
         num_gpus=num_gpus,
         steps=job.train.steps,
         step_s=flops / (num_gpus * hardware.peak_tflops * 1e12 * hardware.mfu),
-        memory=memory,
+        memory=_memory(job, size, recipe.max_tokens, num_gpus, policy),
+        knows_activations=isinstance(assembly.model, DiTConfig),
         hardware=hardware,
-        cures=tuple(_cures(job, recipe, hardware)) if memory else (),
+        cures=tuple(_cures(job, size, recipe, hardware)),
     )
 
 
@@ -131,33 +137,49 @@ def _grids(assembly: Assembly, recipe: Recipe) -> tuple[list[Grid], str]:
     return grids, f"clips of {mean:,.0f} tokens on the average, as in {url}"
 
 
-def _memory(job: Job, tokens: int, num_gpus: int, policy: CheckpointPolicy) -> Memory | None:
-    model: Any = job.assembly.model
-    if not isinstance(model, DiTConfig):
-        return None
-    engine, numel = job.engine, job.assembly.num_parameters()
-    is_zero = isinstance(engine, ZeroConfig)
+@dataclass(frozen=True)
+class _Size:
+    """Of a model, in values."""
+
+    numel: int
+    block: int  # the largest
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "_Size":
+        return cls(sum(parameter.numel() for parameter in model.parameters()), largest_block(model))
+
+
+def _memory(job: Job, size: _Size, tokens: int, num_gpus: int, policy: CheckpointPolicy) -> Memory:
+    """On one of so many GPUs; without activations where there is no formula for them."""
+    model, engine = job.assembly.model, job.engine
+    is_zero, value_bytes = isinstance(engine, ZeroConfig), DTYPES[engine.dtype].itemsize
+    activations = 0
+    if isinstance(model, DiTConfig):
+        activations = activation_bytes(model, value_bytes, tokens, policy)
     return training_memory(
-        model,
-        numel,
+        size.numel,
         engine.stage if is_zero else 0,
         num_gpus,
-        DTYPES[engine.dtype].itemsize,
-        tokens,
-        policy,
-        gathered=derive_sizes(engine, numel, numel // model.depth).live if is_zero else 0,
+        value_bytes,
+        activations,
+        gathered=derive_sizes(engine, size.numel, size.block).live if is_zero else 0,
         has_ema=engine.ema_decay > 0,
         offload=engine.offload if is_zero else "none",
     )
 
 
-def _cures(job: Job, recipe: Recipe, hardware: HardwareConfig) -> list[str]:
+def _cures(job: Job, size: _Size, recipe: Recipe, hardware: HardwareConfig) -> list[str]:
     """The smallest changes of some kinds that make it fit, at most three."""
     policy, ranks = job.train.activation_checkpointing, job.cluster.max_workers
 
     def fitting(tokens: int, num_gpus: int, chosen: CheckpointPolicy) -> bool:
-        memory = _memory(job, tokens, num_gpus, chosen)
-        return memory is not None and fits(memory, hardware)
+        return fits(_memory(job, size, tokens, num_gpus, chosen), hardware)
+
+    def gpus(count: int) -> str:
+        packs = recipe.global_batch_packs  # a rank has one at least
+        return f"cluster.num_workers={count}" + (
+            f" data.global_batch_packs={count}" if count > packs else ""
+        )
 
     if fitting(recipe.max_tokens, ranks, policy):
         return []
@@ -165,18 +187,26 @@ def _cures(job: Job, recipe: Recipe, hardware: HardwareConfig) -> list[str]:
     full = replace(policy, mode="full")
     halves = [recipe.max_tokens // 2**i for i in range(1, 11)]
     doubles = [ranks * 2**i for i in range(1, 11)]
-    changes: list[tuple[str, list[tuple[int, int, CheckpointPolicy]]]] = [
-        (f"{mode}=selective", [(recipe.max_tokens, ranks, replace(policy, mode="selective"))]),
-        (f"{mode}=full", [(recipe.max_tokens, ranks, full)]),
-        ("cluster.num_workers={1}", [(recipe.max_tokens, n, policy) for n in doubles]),
-        (f"{mode}=full cluster.num_workers={{1}}", [(recipe.max_tokens, n, full) for n in doubles]),
-        (f"{mode}=full data.max_tokens={{0}}", [(n, ranks, full) for n in halves if n]),
-    ]
+    as_is = recipe.max_tokens
+
     found = []
-    for words, options in changes:
-        if option := next((one for one in options if fitting(*one)), None):
-            found.append(words.format(*option))
+    if fitting(as_is, ranks, replace(policy, mode="selective")):
+        found.append(f"{mode}=selective")
+    if fitting(as_is, ranks, full):
+        found.append(f"{mode}=full")
+    plain = next((n for n in doubles if fitting(as_is, n, policy)), None)
+    fewer = next((n for n in doubles if fitting(as_is, n, full)), None)
+    if plain:
+        found.append(gpus(plain))
+    if fewer and (plain is None or fewer < plain):
+        found.append(f"{mode}=full {gpus(fewer)}")
+    if short := next((n for n in halves if n and fitting(n, ranks, full)), None):
+        found.append(f"{mode}=full data.max_tokens={short}")
     return found[:3] or ["nothing that was tried; a smaller model, or GPUs with more memory"]
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}" + ("" if count == 1 else "s")
 
 
 def _duration(seconds: float) -> str:

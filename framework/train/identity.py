@@ -5,8 +5,10 @@ is refused, naming the keys that differ; `run.fresh=true` starts over beside it,
 next generation (`name~2`, `name~3`, …), which is the one that later commands find.
 """
 
+import contextlib
 import json
 import subprocess
+from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -66,6 +68,22 @@ def claim(run: RunSection, config: dict[str, Any]) -> Store:
             "with run.fresh=true"
         )
     return store
+
+
+@contextlib.contextmanager
+def giving_back(run: Store) -> Iterator[None]:
+    """A run whose data cannot be planned, by a ValueError, has not begun: its name is free again.
+
+    What was there before (a plan, a checkpoint) keeps the name.
+    """
+    try:
+        yield
+    except ValueError:
+        begun = ("config.json", "manifest.json")  # and its log stays
+        if not [name for name in run.list() if name not in begun and not name.startswith("logs/")]:
+            for name in reversed(begun):
+                run.delete(name)
+        raise
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

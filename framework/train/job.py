@@ -35,7 +35,7 @@ from framework.train.attempts import Attempts
 from framework.train.config import RunSection, TrainConfig
 from framework.train.entry import start
 from framework.train.fence import Fence
-from framework.train.identity import code_version
+from framework.train.identity import code_version, giving_back
 from framework.train.notice import NoticingTorchConfig
 from framework.train.preflight import check_driver, refusal, show_checks
 from framework.train.progress import Line, Stopped
@@ -93,7 +93,8 @@ def train(job: Job, show: Callable[[Line], None], store: Store) -> Result:
     show({"stage": "planning"})
     latest = Checkpoints(store.child("checkpoints")).latest()
     first = latest.step if latest is not None and latest.step < job.train.steps else 0
-    plan = job.assembly.make_plan(store, first + 1, lambda text: show({"text": text}))
+    with giving_back(store):
+        plan = job.assembly.make_plan(store, first + 1, lambda text: show({"text": text}))
     show({"text": plan.epochs_of(job.train.steps)})
     if latest is not None:
         _check_plan(latest, plan, store)

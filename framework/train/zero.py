@@ -181,7 +181,7 @@ class ZeroEngine:
             model=module,
             optimizer=optimizer.build(self.params.items()),
             config=self._settings(
-                device, config.dtype, sum(self.numels.values()), _largest_block(module)
+                device, config.dtype, sum(self.numels.values()), largest_block(module)
             ),
         )
         self.zero = self.model.optimizer
@@ -362,8 +362,8 @@ def _blocks(module: nn.Module) -> list[nn.Module]:
     return [block for m in module.modules() if isinstance(m, nn.ModuleList) for block in m]
 
 
-def _largest_block(module: nn.Module) -> int:
-    """In values; 0 where there are no blocks."""
+def largest_block(module: nn.Module) -> int:
+    """Of the blocks that stage 3 gathers as a whole, in values; 0 where there are none."""
     numels = (sum(map(math.prod, shapes_of(block).values())) for block in _blocks(module))
     return max(numels, default=0)
 

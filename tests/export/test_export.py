@@ -159,14 +159,17 @@ def test_a_folder_in_use_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_an_export_that_stopped_is_no_model_and_is_done_again(tmp_path: Path) -> None:
-    """A checkpoint that lost a file stops it in the middle of its shards."""
+    """A checkpoint that loses a file stops it in the middle of its shards."""
     run = Store(tmp_path)
     checkpoint, to = commit(run, 1, UVIT, {}), run.child("export")
     (name,) = [name for name in checkpoint.store.list() if name.endswith(".bin")]
     data = checkpoint.store.read(name)
-    checkpoint.store.write(name, data[: len(data) * 3 // 4])  # the EMA is the second half
+
+    def lose(_: str) -> None:
+        checkpoint.store.write(name, data[: len(data) * 3 // 4])  # the EMA is the second half
+
     with pytest.raises(CheckpointException, match="EOFError"):
-        export(checkpoint, UVIT, facts(), to, 20_000, lambda text: None)
+        export(checkpoint, UVIT, facts(), to, 20_000, lose)
     assert to.exists(UNFINISHED)
     assert [name for name in to.list() if name.endswith(".safetensors")]
     with pytest.raises(ValueError, match="not written to its end"):
@@ -179,6 +182,20 @@ def test_an_export_that_stopped_is_no_model_and_is_done_again(tmp_path: Path) ->
     export(checkpoint, UVIT, facts(), to, WHOLE, lambda text: None)
     assert to.list() == ["README.md", "config.json", WEIGHTS]
     assert load_model(to.local_path())
+    with pytest.raises(ValueError, match="holds a whole export already"):
+        export(checkpoint, UVIT, facts(), to, WHOLE, lambda text: None)
+
+
+def test_an_altered_checkpoint_is_not_given_away(tmp_path: Path) -> None:
+    run = Store(tmp_path)
+    checkpoint, to = commit(run, 1, UVIT, {}), run.child("export")
+    (name,) = [name for name in checkpoint.store.list() if name.endswith(".bin")]
+    data = bytearray(checkpoint.store.read(name))
+    data[-100] ^= 1
+    checkpoint.store.write(name, bytes(data))
+    with pytest.raises(ValueError, match=r"was altered .*; name the one before by checkpoint=STEP"):
+        export(checkpoint, UVIT, facts(), to, WHOLE, lambda text: None)
+    assert to.list() == []
 
 
 @pytest.fixture
@@ -237,7 +254,7 @@ def test_the_card_has_the_evaluation_of_this_checkpoint(
     assert "train/loss" not in readme
     assert r"| Licence | CC BY 4.0 \| mine |" in readme
     assert (tmp_path / f"out/{WEIGHTS}.index.json").exists()
-    with pytest.raises(ValueError, match="is not empty"):
+    with pytest.raises(ValueError, match="holds a whole export already"):
         main(replace(config, export=chosen))
 
 

@@ -60,7 +60,7 @@ def test_states_by_stage_are_those_of_the_paper() -> None:
     Ours: an average, and gradients in float32, two bytes more.
     """
     numel, ranks = 7_500_000_000, 64
-    stages = [training_memory(CONFIG, numel, i, ranks, 2, 0, CheckpointPolicy()) for i in range(4)]
+    stages = [training_memory(numel, i, ranks, 2) for i in range(4)]
     more = [2 * numel / (ranks if i >= 2 else 1) for i in range(4)]
     more[0] = 0  # its weights and gradients are the float32 ones
     paper = [(m.weights + m.gradients + m.optimizer - more[i]) / 1e9 for i, m in enumerate(stages)]
@@ -73,12 +73,12 @@ def test_states_by_stage_are_those_of_the_paper() -> None:
 
 def test_what_is_offloaded_is_the_hosts() -> None:
     def memory(**changes: Any) -> Memory:
-        return training_memory(CONFIG, 1_000_000, 3, 4, 2, 0, CheckpointPolicy(), **changes)
+        return training_memory(1_000_000, 3, 4, 2, activations=7, **changes)
 
     none, optimizer, everything = (memory(offload=o) for o in ("none", "optimizer", "all"))
     assert (none.host, optimizer.host, everything.host) == (4_000_000, 9_000_000, 9_500_000)
     assert none.total + none.host == optimizer.total + optimizer.host
     assert none.total + none.host == everything.total + everything.host
-    assert everything.total == everything.activations
+    assert everything.total == everything.activations == 7
     assert memory(has_ema=False).host == 3_000_000
     assert memory(gathered=10).gathered == 20

@@ -44,7 +44,9 @@ def test_what_does_not_fit_says_what_would() -> None:
     assert "DOES NOT FIT" in str(plain)
     assert plain.cures
     for cure in plain.cures:
-        cured = of(*cure.split(), "data.global_batch_packs=8192")
+        config = compose([*BIG, *cure.split()])
+        job_of(config).check()  # what it says is a run as it stands
+        cured = estimate(job_of(config), config.hardware)
         assert cured.fits, cure
         assert not cured.cures
     hopeless = of("hardware.memory_gib=7")
@@ -53,13 +55,21 @@ def test_what_does_not_fit_says_what_would() -> None:
 
 def test_more_ranks_hold_less_each_and_checkpointing_keeps_less() -> None:
     one, many = (of(f"cluster.num_workers={n}").memory for n in (2, 16))
-    assert one is not None
-    assert many is not None
     assert many.optimizer == pytest.approx(one.optimizer / 8, rel=1e-6)
     assert many.activations == one.activations
     full = of("train.activation_checkpointing.mode=full").memory
-    assert full is not None
     assert full.activations < one.activations / 5
+
+
+def test_of_any_model_it_knows_what_the_states_take() -> None:
+    small = of("model=mmdit_xs")
+    assert small.fits
+    assert small.memory.activations == 0
+    assert "and activations, not known of this model" in str(small)
+    assert "without activations it fits" in str(small)
+    large = of("model=mmdit_13b", "cluster.num_workers=2")
+    assert "DOES NOT FIT" in str(large)
+    assert large.cures[0].startswith("cluster.num_workers=")
 
 
 def test_the_mixture_is_the_manifests(small_data: list[str], small_line: list[str]) -> None:

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from framework.storage import Store
 from framework.train.config import RunSection
-from framework.train.identity import claim, generations, run_store
+from framework.train.identity import claim, generations, giving_back, run_store
 
 
 def test_a_run_is_found_again_by_name_and_config(tmp_path: Path) -> None:
@@ -34,6 +35,28 @@ def test_fresh_starts_beside_it_and_is_then_the_one_that_is_found(tmp_path: Path
     assert claim(fresh, {"x": 2}).url.endswith("/a~3")
     assert generations(run) == ["a", "a~2", "a~3"]
     assert generations(RunSection("b", str(tmp_path))) == []
+
+
+def refuse_its_data(store: Store) -> None:
+    with giving_back(store):
+        raise ValueError("no clip can be used")
+
+
+def test_a_run_whose_data_is_refused_gives_its_name_back(tmp_path: Path) -> None:
+    run = RunSection("a", str(tmp_path))
+    store = claim(run, {"x": 1})
+    store.write("manifest.json", b"{}")
+    store.write("logs/driver.log", b"what went wrong")
+    with pytest.raises(ValueError, match="no clip"):
+        refuse_its_data(store)
+    assert store.list() == ["logs/driver.log"]
+    assert claim(run, {"x": 2}).url == store.url
+
+    store.write("plan/recipe.json", b"{}")
+    with pytest.raises(ValueError, match="no clip"):
+        refuse_its_data(store)
+    with pytest.raises(ValueError, match="another config"):
+        claim(run, {"x": 3})
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "a~2", "../a", "a b"])
