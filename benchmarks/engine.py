@@ -6,9 +6,9 @@ dit_s on the synthetic clips, float32; two ranks of one thread everywhere, unles
 
 step_overhead: a step of the real line (`framework.train`: Ray Train, stream, ZeRO-3, MLflow on
 SQLite) over the plain engine on two gloo ranks with the very same packs in memory, both by
-`framework.train.loop`. zero_share: ZeRO-3 on those packs over plain, in turns in the same
-processes. A window is `train.log_every` steps, the first is warm-up; the ratio is of medians over
-windows, and beside it of sums, since decoding ahead comes in bursts.
+`framework.train.loop`. zero_share: ZeRO-3 on those packs over plain. All three take turns, each in
+processes of its own. A window is `train.log_every` steps, the first is warm-up; the ratio is of
+medians over windows, and beside it of sums, since decoding ahead comes in bursts.
 
 async_stall: seconds for which training stands still to save beside the next steps, over those of a
 save in the foreground, of the same state to an S3 server (moto) in a process of its own.
@@ -84,11 +84,11 @@ class Bench:
                 ends = [s for s in run.steps if "speed/step_s" in s.figures]
             assert [s.number + 1 for s in ends] == list(range(window, steps + 1, window)), ends
             work = Work(self.ranks_line(max_tokens, steps), self.plans, steps)
-            bare = run_ranks("steps", 2, work, self.folder / "ranks")
             seconds["real"] += [s.figures["speed/step_s"] for s in ends[1:]]
             for name in ("plain", "zero"):
+                bare = run_ranks(name, 2, work, self.folder / "ranks")
                 for i in range(window, steps, window):
-                    seconds[name].append(statistics.fmean(bare[name][i : i + window]))
+                    seconds[name].append(statistics.fmean(bare[i : i + window]))
         print(f"\nseconds of a step, in {len(seconds['real'])} windows of {window} steps")
         print(f"{'':22}{'median':>9}{'least':>9}{'most':>9}{'mean':>9}")
         for name, title in (

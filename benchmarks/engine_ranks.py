@@ -25,8 +25,8 @@ from typing import Any
 import torch
 from torch import distributed, nn
 
-from benchmarks.real_run import SAME_MALLOC
 from framework.assembly import Assembly
+from framework.cluster import KEEP_MEMORY
 from framework.config import compose
 from framework.data.collate import assemble, to_batch
 from framework.storage import Store
@@ -59,7 +59,7 @@ def run_ranks(
     (folder / "work.json").write_text(json.dumps(asdict(work)))
     process = subprocess.Popen(
         [sys.executable, "-m", "benchmarks.engine_ranks", job, str(world), str(folder)],
-        env={**os.environ, **SAME_MALLOC, **(environment or {})},
+        env={**os.environ, **KEEP_MEMORY, **(environment or {})},  # as a driver sets it for ranks
         start_new_session=True,
     )
     try:
@@ -132,20 +132,17 @@ def timed(action: Callable[[], object]) -> float:
     return max(seconds)
 
 
-def time_steps(work: Work, rank: int, world: int) -> Any:
-    """Seconds of each step in either engine, in turns, so that the machine's load meets both."""
+def time_steps(name: str, work: Work, rank: int, world: int) -> Any:
+    """Seconds of each step in one engine, "plain" or "zero".
+
+    In processes of their own, as the real line has it: beside another engine, each found memory
+    that the other had touched, and ZeRO-3 seemed faster than plain.
+    """
     line = Line(work, rank, world)
     zero = line.config.engine
     assert isinstance(zero, ZeroConfig), zero
-    engines = {
-        "plain": line.build(PlainConfig(ema_decay=zero.ema_decay)),
-        "zero": line.build(zero),
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in engines}
-    for step in line.steps():
-        for name, engine in engines.items():
-            seconds[name].append(timed(partial(line.train, engine, step)))
-    return seconds
+    engine = line.build(zero if name == "zero" else PlainConfig(ema_decay=zero.ema_decay))
+    return [timed(partial(line.train, engine, step)) for step in line.steps()]
 
 
 def time_saves(work: Work, rank: int, world: int) -> Any:
@@ -219,7 +216,12 @@ def time_loads(work: Work, rank: int, world: int) -> Any:
     return {"seconds": seconds, "reads": max(reads)}
 
 
-JOBS = {"steps": time_steps, "saves": time_saves, "loads": time_loads}
+JOBS: dict[str, Callable[[Work, int, int], Any]] = {
+    "plain": partial(time_steps, "plain"),
+    "zero": partial(time_steps, "zero"),
+    "saves": time_saves,
+    "loads": time_loads,
+}
 
 
 def main() -> None:

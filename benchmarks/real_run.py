@@ -23,8 +23,6 @@ from framework.data.synthetic import SyntheticConfig, write_dataset
 from framework.storage import Store
 
 LOOK_EVERY_S = 0.1
-# What a driver sets for its workers (framework.cluster.connect); for processes beside a run.
-SAME_MALLOC = {"THP_MEM_ALLOC_ENABLE": "1"}
 
 
 def make_data(root: str, num_clips: int) -> list[str]:

@@ -5,6 +5,18 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
+# What a fresh tensor costs a CPU is mostly its pages, which the kernel clears one by one. So torch
+# asks for huge ones (of the tokens of a 640x360 clip of 4 s, three quarters of the time), and glibc
+# keeps what was freed, in one heap, where it would give each large tensor back: a quarter of a
+# training step of dit_s, plain or ZeRO-3 (benchmarks/results/2026-11-22-2-core-vm.md). Both are
+# read when a process starts.
+KEEP_MEMORY = {
+    "THP_MEM_ALLOC_ENABLE": "1",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
+    "MALLOC_ARENA_MAX": "1",
+}
+
 
 @dataclass(frozen=True)
 class ClusterConfig:
@@ -70,9 +82,8 @@ def connect(config: ClusterConfig) -> None:
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "180")
     # The driver itself looks for nodes that go, see `leaving_nodes`: an actor less.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-    # torch reads this when it first allocates. Without huge pages it faults in each large tensor by
-    # pages of 4 KiB: of the tokens of a 640x360 clip of 4 s, three quarters of the time.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    for name, value in KEEP_MEMORY.items():
+        os.environ.setdefault(name, value)
     import ray
 
     if ray.is_initialized():

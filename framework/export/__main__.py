@@ -35,8 +35,9 @@ def main(config: RunConfig) -> None:
         raise ValueError(f"{found.store.url} lies apart from its run; give export.to=FOLDER")
     facts = _facts(found, run, network, chosen.weights, chosen.licence)
     layout = folder_format(network)
-    loads = "diffusers loads it" if layout.wan else f"our own layout: {layout.why_not_wan}"
-    terminal.say(f"exporting {chosen.weights} of {found.store.url}: {loads}")
+    terminal.say(f"exporting {chosen.weights} of {found.store.url}")
+    loads = "as diffusers loads it" if layout.wan else f"in our own layout ({layout.why_not_wan})"
+    terminal.say(f"  {loads}")
     max_bytes = math.ceil(chosen.max_shard_gb * 1e9)
     export(found, network, facts, to, max_bytes, lambda text: terminal.say(f"  {text}"))
     terminal.say(f"exported: {to.url}")

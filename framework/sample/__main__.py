@@ -29,7 +29,8 @@ def main(config: RunConfig) -> None:
     out = Store(sample.out) if sample.out else run.child("samples")
     assembly, terminal = Assembly.of(config), Terminal()
     model, step = assembly.load_model(run, sample.checkpoint, sample.weights)
-    terminal.say(f"sampling {len(prompts)} videos from step {step} of {run.url}")
+    videos = "1 video" if len(prompts) == 1 else f"{len(prompts)} videos"
+    terminal.say(f"sampling {videos} from step {step} of {run.url}")
     urls = sample_videos(assembly, model, prompts, config.sampler, sample.max_tokens, out)
     for url in urls:
         terminal.say(f"  {url}")
