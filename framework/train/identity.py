@@ -79,10 +79,11 @@ def giving_back(run: Store) -> Iterator[None]:
     try:
         yield
     except ValueError:
-        begun = ("config.json", "manifest.json")  # and its log stays
-        if not [name for name in run.list() if name not in begun and not name.startswith("logs/")]:
-            for name in reversed(begun):
-                run.delete(name)
+        # The index may have put its manifest there, and the log is to be read.
+        known = ("config.json", "manifest.json", "manifest/", "logs/")
+        if all(name.startswith(known) for name in run.list()):
+            run.delete("manifest.json")
+            run.delete("config.json")
         raise
 
 

@@ -47,9 +47,10 @@ def test_a_run_whose_data_is_refused_gives_its_name_back(tmp_path: Path) -> None
     store = claim(run, {"x": 1})
     store.write("manifest.json", b"{}")
     store.write("logs/driver.log", b"what went wrong")
+    store.write("manifest/manifest.json", b"{}")
     with pytest.raises(ValueError, match="no clip"):
         refuse_its_data(store)
-    assert store.list() == ["logs/driver.log"]
+    assert store.list() == ["logs/driver.log", "manifest/manifest.json"]
     assert claim(run, {"x": 2}).url == store.url
 
     store.write("plan/recipe.json", b"{}")
