@@ -135,8 +135,8 @@ def timed(action: Callable[[], object]) -> float:
 def time_steps(name: str, work: Work, rank: int, world: int) -> Any:
     """Seconds of each step in one engine, "plain" or "zero".
 
-    In processes of their own, as the real line has it: beside another engine, each found memory
-    that the other had touched, and ZeRO-3 seemed faster than plain.
+    Each in processes of its own, as the real line has it: in turns in one process, ZeRO-3 seemed
+    faster than plain.
     """
     line = Line(work, rank, world)
     zero = line.config.engine
