@@ -237,6 +237,19 @@ class Store:
 
         return self._do(action)
 
+    def read_buffer(self, name: str) -> Buffer:
+        """All bytes of an object, in Arrow's own memory: for whatever reads in Arrow's threads.
+
+        Such a thread may be the last to let go of them. Were they Python's, and Python at its end,
+        the process would abort ("terminate called without an active exception"; pyarrow 25).
+        """
+
+        def action() -> Buffer:
+            with self.fs.open_input_file(self.path(name)) as file:  # a stream's would be Python's
+                return file.read_buffer()
+
+        return self._do(action)
+
     def read_range(self, name: str, offset: int, size_bytes: int) -> bytes:
         """`size_bytes` bytes from `offset`; EOFError where the object ends before."""
 

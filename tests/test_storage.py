@@ -44,6 +44,7 @@ def test_write_read_list_delete(store):
     assert store.list("none") == []
     assert store.child("b").list() == ["two.bin", "é 漢字+%20#?.txt"]
     assert store.read("a.bin") == b"new"
+    assert store.read_buffer("a.bin").to_pybytes() == b"new"
     assert store.read("b/é 漢字+%20#?.txt") == b""
     assert store.size("b/two.bin") == 10
     assert store.exists("a.bin")

@@ -24,7 +24,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import ray
 import torch
 
@@ -34,6 +33,7 @@ from framework.data.fetch import fetch
 from framework.data.latents import Encoders, dump_clip, dump_text, encoding_differences
 from framework.data.manifest import SCHEMA, Manifest, checksum
 from framework.data.manifest_writer import cut_into_parts, save_manifest
+from framework.data.parquet import read_table, to_parquet
 from framework.data.recipe import Recipe
 from framework.data.shards import LATENTS_EXTENSION, ShardProblem, read_members, tar_bytes
 from framework.data.views import View, choose_views
@@ -137,16 +137,12 @@ def _tried(store: Store) -> set[int]:
     """Keys of rows that were encoded, or could not be."""
     keys: set[int] = set()
     for name in _row_files(store):
-        keys.update(_facts(_read(store, name))["tried"])
+        keys.update(_facts(read_table(store, name))["tried"])
     return keys
 
 
 def _row_files(store: Store) -> list[str]:
     return [name for name in store.list() if name.startswith("rows/")]
-
-
-def _read(store: Store, name: str) -> pa.Table:
-    return pq.read_table(pa.BufferReader(store.read(name)))
 
 
 def _facts(table: pa.Table) -> dict[str, Any]:
@@ -207,9 +203,8 @@ class _Work:
             kept.append(row | {"key_hash": key, "checksum": checksum(data)})
         stored = self._write(f"shards/{name}.tar", files, kept)
         facts = {"tried": keys, "problems": [asdict(problem) for problem in problems]}
-        sink = pa.BufferOutputStream()
-        pq.write_table(stored.replace_schema_metadata({"facts": json.dumps(facts)}), sink)
-        self.out.write(f"rows/{name}.parquet", sink.getvalue())
+        rows = stored.replace_schema_metadata({"facts": json.dumps(facts)})
+        self.out.write(f"rows/{name}.parquet", to_parquet([rows]))
         return unit.num_rows
 
     def _encoded(self, row: dict[str, Any], payload: bytes) -> bytes:
@@ -303,7 +298,7 @@ def _join(
     num_encoded: int,
 ) -> EncodeReport:
     """The manifest of all latents of clips that `manifest` has, and as it has them now."""
-    tables = [_read(store, name) for name in _row_files(store)]
+    tables = [read_table(store, name) for name in _row_files(store)]
     problems = sorted(
         {ShardProblem(**one) for table in tables for one in _facts(table)["problems"]}
     )

@@ -70,7 +70,7 @@ class _Kept(Mapping[str, ShardIndex]):
         self._names = {unit.name: unit.kept_as for unit in units}
 
     def __getitem__(self, name: str) -> ShardIndex:
-        return ShardIndex.from_parquet(self._store.read(self._names[name]))
+        return ShardIndex.from_parquet(self._store.read_buffer(self._names[name]))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -159,7 +159,7 @@ def _index_on_ray(
 def _index_unit(root: str, unit: Unit, config: IndexConfig, kept: Store) -> None:
     """Index a unit, unless that has been done."""
     wanted = unit.made_of(root, config)
-    if not kept.exists(unit.kept_as) or made_of(kept.read(unit.kept_as)) != wanted:
+    if not kept.exists(unit.kept_as) or made_of(kept.read_buffer(unit.kept_as)) != wanted:
         kept.write(unit.kept_as, unit.index(root, config).to_parquet(wanted))
 
 

@@ -13,9 +13,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.json
-import pyarrow.parquet as pq
 
 from framework.data.config import IndexConfig
+from framework.data.parquet import read_table
 from framework.data.shard_index import FORMAT, ShardIndex, index_files, index_shard
 from framework.seeding import hash64
 from framework.storage import Store, join_url, normalize_url
@@ -107,9 +107,9 @@ def _table_units(store: Store, name: str) -> list[Unit]:
 
 
 def _read_table(store: Store, name: str) -> pa.Table:
-    source = pa.BufferReader(store.read(name))
     if name.endswith(".parquet"):
-        return pq.read_table(source)
+        return read_table(store, name)
+    source = pa.BufferReader(store.read_buffer(name))
     if name.endswith(".jsonl"):
         return pyarrow.json.read_json(source)
     options = pyarrow.csv.ConvertOptions(

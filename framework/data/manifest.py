@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
+from framework.data.parquet import read_table
 from framework.seeding import hash64
 from framework.storage import Store, join_url, normalize_url
 
@@ -148,7 +148,7 @@ class InStore:
         name = part_name(self.digests[index])
         where = join_url(self.store.url, name)
         try:
-            table = pq.read_table(pa.BufferReader(self.store.read(name)))
+            table = read_table(self.store, name)
         except (pa.ArrowInvalid, FileNotFoundError) as error:
             raise ValueError(f"{where} is not readable: {error}; index the shards anew") from error
         if table_digest(table) != self.digests[index]:

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from framework.data.manifest import (
     SCHEMA,
@@ -25,6 +24,7 @@ from framework.data.manifest import (
     snapshot_name,
     table_digest,
 )
+from framework.data.parquet import to_parquet
 from framework.storage import Store, normalize_url
 
 # Clips in a part, at most, on the average: some 100 MB in memory, captions and all.
@@ -161,9 +161,7 @@ def save_manifest(
     """
     summary = _Summary()
     for table in parts:
-        sink = pa.BufferOutputStream()
-        pq.write_table(table, sink, compression="zstd")
-        store.write(part_name(summary.add(table)), sink.getvalue())
+        store.write(part_name(summary.add(table)), to_parquet([table]))
     manifest = summary.manifest(shards_url, InStore(store, tuple(summary.digests)), encoding)
     snapshot = {
         "shards_url": manifest.shards_url,

@@ -30,6 +30,7 @@ import pyarrow.compute as pc
 
 from framework.data.order import by_weight, cursors_from, one_pass
 from framework.data.packing import Packer
+from framework.data.parquet import to_parquet
 from framework.data.plan_store import (
     ClipPlan,
     PackPlan,
@@ -40,7 +41,7 @@ from framework.data.plan_store import (
     epoch_folder,
     read_epoch_facts,
 )
-from framework.data.plan_writer import UNPLACED, PlanWriter, deal_steps, to_parquet
+from framework.data.plan_writer import UNPLACED, PlanWriter, deal_steps
 from framework.data.recipe import Recipe, plan_digest, plan_identity
 from framework.data.views import (
     REFUSALS,

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from framework.data.parquet import read_table
 from framework.data.recipe import Recipe, plan_digest
 from framework.data.views import Geometry, View
 from framework.storage import Store
@@ -243,7 +244,7 @@ class Plan:
         """(key, cause) of each clip that the epoch cannot use."""
         self._index(epoch)  # only what is committed counts
         names = [n for n in self.store.list(epoch_folder(epoch)) if "/refused-" in n]
-        tables = [_read_table(self.store, name) for name in sorted(names)]
+        tables = [read_table(self.store, name) for name in sorted(names)]
         return [(row["key"], row["cause"]) for table in tables for row in table.to_pylist()]
 
     def summary(self, epoch: int) -> PlanSummary:
@@ -332,20 +333,16 @@ def epoch_folder(epoch: int) -> str:
     return f"epoch-{epoch:05d}"
 
 
-def _read_table(store: Store, name: str) -> pa.Table:
-    return pq.read_table(pa.BufferReader(store.read(name)))
-
-
 # What is committed never changes, so the caches belong to the process, not to one Plan: tasks that
 # unpickle a plan again and again still read each file once.
 @functools.lru_cache(maxsize=1024)
 def _read_index(url: str, epoch: int) -> pa.Table:
-    return _read_table(Store(url), f"{epoch_folder(epoch)}/index.parquet")
+    return read_table(Store(url), f"{epoch_folder(epoch)}/index.parquet")
 
 
 @functools.lru_cache(maxsize=2)
-def _read_window(url: str, epoch: int, window: int) -> bytes:
-    return Store(url).read(f"{epoch_folder(epoch)}/window-{window:05d}.parquet")
+def _read_window(url: str, epoch: int, window: int) -> pa.Buffer:
+    return Store(url).read_buffer(f"{epoch_folder(epoch)}/window-{window:05d}.parquet")
 
 
 @functools.lru_cache(maxsize=2)

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from framework.data.parquet import to_parquet
 from framework.data.plan_store import INDEX, ROWS
 from framework.data.recipe import Recipe
 from framework.seeding import hash64, hash64_array
@@ -155,12 +155,3 @@ def deal_steps(costs: np.ndarray, recipe: Recipe, epoch: int, window: int) -> li
     num_full = len(costs) // size
     shuffle = hash64_array(hash64(recipe.seed, "steps", epoch, window), np.arange(num_full))
     return [steps[i] for i in np.argsort(shuffle, kind="stable")] + steps[num_full:]
-
-
-def to_parquet(tables: list[pa.Table]) -> bytes:
-    """Parquet with one row group a table; the same tables always give the same bytes."""
-    sink = pa.BufferOutputStream()
-    with pq.ParquetWriter(sink, tables[0].schema, compression="zstd") as writer:
-        for table in tables:
-            writer.write_table(table, row_group_size=max(1, table.num_rows))
-    return sink.getvalue().to_pybytes()

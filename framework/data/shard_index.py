@@ -29,6 +29,7 @@ import pyarrow.parquet as pq
 from framework.data.config import IndexConfig
 from framework.data.fetch import fetch
 from framework.data.manifest import SCHEMA, checksum, clip_id
+from framework.data.parquet import from_parquet, to_parquet
 from framework.data.ranged_file import RangedFile
 from framework.data.shards import (
     MAX_CLIP_BYTES,
@@ -66,21 +67,19 @@ class ShardIndex:
             "problems": json.dumps([asdict(problem) for problem in self.problems]),
             "num_ignored": str(self.num_ignored),
         }
-        sink = pa.BufferOutputStream()
-        pq.write_table(self.table.replace_schema_metadata(facts), sink, compression="zstd")
-        return sink.getvalue()
+        return to_parquet([self.table.replace_schema_metadata(facts)])
 
     @classmethod
-    def from_parquet(cls, data: bytes) -> "ShardIndex":
+    def from_parquet(cls, data: pa.Buffer) -> "ShardIndex":
         """The reverse of `to_parquet`."""
-        table = pq.read_table(pa.BufferReader(data))
+        table = from_parquet(data)
         facts = table.schema.metadata
         problems = (ShardProblem(**problem) for problem in json.loads(facts[b"problems"]))
         table = table.replace_schema_metadata(None)
         return cls(table, tuple(problems), int(facts[b"num_ignored"]))
 
 
-def made_of(data: bytes) -> str:
+def made_of(data: pa.Buffer) -> str:
     """What a file of `ShardIndex.to_parquet` was made of."""
     return pq.read_schema(pa.BufferReader(data)).metadata[b"made_of"].decode()
 

@@ -595,7 +595,7 @@ def test_an_index_goes_on_where_it_was(tmp_path, two_cpus):
     names = [name for name in kept.list() if name.startswith("shards/")]
     assert len(names) == 3
     for name in names:  # make what is kept recognisable
-        data = kept.read(name)
+        data = kept.read_buffer(name)
         marked = dataclasses.replace(ShardIndex.from_parquet(data), num_ignored=100)
         kept.write(name, marked.to_parquet(made_of(data)))
     kept.delete(names[0])  # as if it had been interrupted before this one
