@@ -7,12 +7,13 @@ reader's tokens from codec and patchify, the objective's scale from the codec's 
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from framework.checkpoint import Checkpoint
 from framework.data.collate import ClipReader, LatentReader, VideoReader
 from framework.data.config import DataConfig
 from framework.data.cost import CostModel
@@ -36,9 +37,6 @@ from framework.storage import Store
 from model_zoo.flops import Work, cost_coefficients
 from model_zoo.patchify import patch_std
 from model_zoo.protocols import TextEncoder, VideoCodec
-
-if TYPE_CHECKING:  # brings torch.distributed.checkpoint: a second, in each process that decodes
-    from framework.checkpoint import Checkpoint
 
 # Which kernel computes attention is up to the machine; weights of one do for another.
 _FREE_KEYS = ("model.attention",)
@@ -197,7 +195,7 @@ class Assembly:
         flat = flatten({name: to_mapping(getattr(self, name)) for name in names})
         return {key: value for key, value in flat.items() if key not in _FREE_KEYS}
 
-    def _check_meant_for(self, checkpoint: "Checkpoint") -> None:
+    def _check_meant_for(self, checkpoint: Checkpoint) -> None:
         """Shapes alone would let other heads, frequencies or text lengths pass, and give noise."""
         here = self.network()
         prefixes = tuple(f"{name}." for name in {key.split(".")[0] for key in here})

@@ -3,50 +3,34 @@
     state/rank-00000-000.bin   tensors as raw bytes
     state/index.json           which bytes are which part of which tensor
 
-Every tensor is 1-D and cut anywhere, each rank holding a `Piece` or the whole;
-`torch.distributed.checkpoint` plans who writes and who reads what, so that any number of ranks can
-load what any other number saved, and each reads only its bytes. Nothing is ever unpickled. Whether
-these files count is for `framework.checkpoint` to say.
+Every tensor is 1-D and cut anywhere, each rank holding a `Piece` or the whole. So any number of
+ranks can load what any other number saved, and each reads only its bytes. Nothing is ever
+unpickled. Whether these files count is for `framework.checkpoint` to say.
 
-Invariant: the index is written last and names each file with its size and checksum.
+torch.distributed.checkpoint did this once: its plans are for tensors of any shape, objects and
+devices. Of the load of a small model they took half of the time, and of each process's start a
+second (benchmarks/results/2026-11-22-2-core-vm.md).
+
+Invariant: the index is written last, names each file with its size and checksum, and each value of
+each tensor once.
 """
 
 import hashlib
 import json
 import logging
-import warnings
-from collections.abc import Mapping, Sequence
+import pickle
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.planner import (
-    LoadPlan,
-    LoadPlanner,
-    ReadItem,
-    SavePlan,
-    SavePlanner,
-    TensorWriteData,
-    WriteItem,
-    WriteItemType,
-)
-from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
-from torch.futures import Future
 
 from framework.storage import Store
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 FORMAT = 1
@@ -84,31 +68,23 @@ def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
 class Piece:
     """What a rank holds of a 1-D tensor of `numel` values: those from `start` on, maybe none.
 
-    The pieces of the ranks do not overlap and leave nothing out. The two methods are the protocol
-    by which `torch.distributed.checkpoint` asks an object for its part of a tensor.
+    The pieces of the ranks do not overlap and leave nothing out.
     """
 
     values: Tensor
     start: int
     numel: int
 
-    def __create_write_items__(self, name: str, _: object) -> list[WriteItem]:
-        return [
-            WriteItem(
-                MetadataIndex(name, chunk.offsets),
-                WriteItemType.SHARD,
-                tensor_data=TensorWriteData(
-                    chunk,
-                    TensorProperties(dtype=self.values.dtype),
-                    torch.Size([self.numel]),
-                ),
-            )
-            for chunk in self.__create_chunk_list__()
-        ]
 
-    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        size = self.values.numel()
-        return [ChunkStorageMetadata(torch.Size([self.start]), torch.Size([size]))] if size else []
+class RanksFailed(RuntimeError):
+    """What ranks raised in a save or a load, by rank; all ranks raise it alike."""
+
+    def __init__(self, failures: Mapping[int, Exception]) -> None:
+        super().__init__(failures)
+        self.failures = failures
+
+    def __str__(self) -> str:
+        return "; ".join(f"rank {r}: {type(e).__name__}: {e}" for r, e in self.failures.items())
 
 
 def save_state(
@@ -120,18 +96,33 @@ def save_state(
 ) -> None:
     """Write 1-D tensors, whole or in pieces, below `state/` of `store`; all ranks call it together.
 
-    `shapes`: real shapes of the model's tensors by name, which a load compares with its own.
-    `group`: of ranks, with a CPU backend; the default group where it is None. `attempt`: part of
-    the files' names, so that a process that should be dead writes over nothing. When it returns on
-    rank 0, every rank has written.
+    The names and their order are the same on all ranks. `shapes`: real shapes of the model's
+    tensors by name, which a load compares with its own. `group`: of ranks, with a CPU backend; the
+    default group where it is None. `attempt`: part of the files' names, so that a process that
+    should be dead writes over nothing. When it returns, every rank has written, and rank 0 the
+    index. RanksFailed where a rank failed; of a process without others, its own error.
     """
-    _silence_single_process()
-    dcp.save(
-        dict(state),
-        storage_writer=_StoreWriter(store, shapes, attempt),
-        planner=_SavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
-        process_group=group,
-    )
+    rank, world = (distributed.get_rank(group), _world(group)) if _world(group) > 1 else (0, 1)
+    prefix = f"state/{attempt}-rank" if attempt else "state/rank"
+
+    def write() -> _Written:
+        return _write(_to_write(state, rank, world), store, f"{prefix}-{rank:05d}")
+
+    if world == 1:
+        _write_index(state, shapes, store, [write()])
+        return
+    outcome = _try(write)
+    outcomes: list[Any] | None = [None] * world if rank == 0 else None
+    distributed.gather_object(outcome, outcomes, group=group, group_dst=0)
+    failures: list[Any] = [None]
+    if outcomes is not None:
+        failures = [_failures(outcomes)]
+        if not failures[0]:
+            written = [one for one, _ in outcomes]
+            failures = [_failures([_try(lambda: _write_index(state, shapes, store, written))])]
+    distributed.broadcast_object_list(failures, group=group, group_src=0)
+    if failures[0]:
+        raise RanksFailed(failures[0])
 
 
 def load_state(
@@ -145,29 +136,141 @@ def load_state(
 
     `alone`: this process loads by itself, even if it belongs to a process group. Where there is no
     moving average of the weights (`ema.*`), the weights stand for it, with a warning. ValueError
-    where the checkpoint has other tensors than the model, or tensors of other shapes.
+    where the checkpoint has other tensors than the model, or tensors of other shapes; RanksFailed
+    where a rank failed to read; of a process without others, its own error.
     """
-    reader = _StoreReader(store)
-    _let_weights_stand_for_ema(reader.index["tensors"], state, store.url)
-    _check_shapes(reader.index, state, shapes, store.url)
-    _silence_single_process()
-    failures: dict[int, Any] = {}
+    index = json.loads(store.read(INDEX))
+    if index["format"] != FORMAT:
+        raise ValueError(f"{store.url} has format {index['format']}; we read {FORMAT}")
+    _let_weights_stand_for_ema(index["tensors"], state, store.url)
+    _check_shapes(index, state, shapes, store.url)
+    if alone or _world(group) == 1:
+        _read(index, state, store)
+        return
+    outcome = _try(lambda: _read(index, state, store))
+    outcomes: list[Any] = [None] * _world(group)
+    distributed.all_gather_object(outcomes, outcome, group)
+    if failures := _failures(outcomes):
+        raise RanksFailed(failures)
+
+
+def _world(group: distributed.ProcessGroup | None) -> int:
+    return distributed.get_world_size(group) if distributed.is_initialized() else 1
+
+
+def _try(action: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    """What it gives or what it raises, either to be sent to another rank."""
     try:
-        # Each rank plans for itself, as rank 0 would do for all: nobody else writes what it reads.
-        dcp.load(
-            dict(state),
-            storage_reader=reader,
-            planner=_LoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
-            no_dist=True,
-        )
-    except CheckpointException as error:
-        failures = dict(error.failures)
-    if not alone and distributed.is_initialized():
-        everyone: list[Any] = [None] * distributed.get_world_size(group)
-        distributed.all_gather_object(everyone, failures, group)
-        failures = {rank: raised for rank, one in enumerate(everyone) for raised in one.values()}
-    if failures:
-        raise CheckpointException("load", failures)
+        return action(), None
+    except Exception as error:
+        traceback.print_exc()
+        try:
+            pickle.loads(pickle.dumps(error))
+        except Exception:
+            return None, RuntimeError(f"{type(error).__name__}: {error}")
+        return None, error
+
+
+def _failures(outcomes: Sequence[tuple[Any, Exception | None]]) -> dict[int, Exception]:
+    return {rank: error for rank, (_, error) in enumerate(outcomes) if error is not None}
+
+
+@dataclass
+class _Written:
+    """What a rank has written."""
+
+    files: dict[str, tuple[int, str]] = field(default_factory=dict)  # name -> bytes, checksum
+    # Of which tensor, and as the index has it: start, values, file, offset in bytes.
+    chunks: list[tuple[str, list[Any]]] = field(default_factory=list)
+
+
+def _to_write(
+    state: Mapping[str, Tensor | Piece], rank: int, world: int
+) -> Iterator[tuple[str, int, Tensor]]:
+    """What this rank writes: name, start and values.
+
+    What every rank holds whole is written by the one that has the least of it so far.
+    """
+    shared = [0] * world
+    for name, value in state.items():
+        if isinstance(value, Piece):
+            if value.values.numel():  # a rank beyond the end of a small tensor holds nothing of it
+                yield name, value.start, value.values
+            continue
+        writer = shared.index(min(shared))
+        shared[writer] += value.nbytes
+        if writer == rank and value.numel():
+            yield name, 0, value
+
+
+def _write(parts: Iterator[tuple[str, int, Tensor]], store: Store, prefix: str) -> _Written:
+    """Tensors end to end into objects of about PART_BYTES each."""
+    written = _Written()
+    waiting: list[tuple[str, int, Tensor]] = []
+    waiting_bytes = 0
+
+    def flush() -> None:
+        file, offset = f"{prefix}-{len(written.files):03d}.bin", 0
+        # By torch, for it lets other threads run meanwhile.
+        data = torch.cat([_raw(values) for _, _, values in waiting]).numpy().data
+        store.write(file, data)
+        written.files[file] = len(data), checksum(data)
+        for name, start, values in waiting:
+            written.chunks.append((name, [start, values.numel(), file, offset]))
+            offset += values.nbytes
+        waiting.clear()
+
+    for part in parts:
+        waiting.append(part)
+        waiting_bytes += part[2].nbytes
+        if waiting_bytes >= PART_BYTES:
+            flush()
+            waiting_bytes = 0
+    if waiting:
+        flush()
+    return written
+
+
+def _raw(values: Tensor) -> Tensor:
+    return values.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+
+
+def _write_index(
+    state: Mapping[str, Tensor | Piece],
+    shapes: Mapping[str, Sequence[int]],
+    store: Store,
+    written: Sequence[_Written],
+) -> None:
+    tensors: dict[str, Any] = {}
+    for name, value in state.items():
+        numel, values = _numel(value), _values(value)
+        dtype = str(values.dtype).removeprefix("torch.")
+        tensors[name] = {"dtype": dtype, "size": [numel], "chunks": []}
+    for rank in written:
+        for name, chunk in rank.chunks:
+            tensors[name]["chunks"].append(chunk)
+    for name, tensor in tensors.items():
+        tensor["chunks"].sort()
+        end = 0
+        for start, size, *_ in tensor["chunks"]:
+            assert start == end, (name, start, end)
+            end += size
+        assert [end] == tensor["size"], (name, end, tensor["size"])
+    index = {
+        "format": FORMAT,
+        "shapes": {name: list(shape) for name, shape in shapes.items()},
+        "tensors": tensors,
+        "files": {name: list(file) for rank in written for name, file in rank.files.items()},
+    }
+    store.write(INDEX, json.dumps(index).encode())
+
+
+def _values(value: Tensor | Piece) -> Tensor:
+    return value.values if isinstance(value, Piece) else value
+
+
+def _numel(value: Tensor | Piece) -> int:
+    return value.numel if isinstance(value, Piece) else value.numel()
 
 
 def _check_shapes(
@@ -187,6 +290,9 @@ def _check_shapes(
     missing = sorted(state.keys() - index["tensors"].keys())
     if missing:
         raise ValueError(f"{url} does not hold {missing[0]} and {len(missing) - 1} more tensors")
+    for name, value in state.items():
+        if (size := index["tensors"][name]["size"]) != [_numel(value)]:
+            raise ValueError(f"{url}: {name} has {size[0]} values there, {_numel(value)} are asked")
 
 
 def _let_weights_stand_for_ema(
@@ -200,203 +306,56 @@ def _let_weights_stand_for_ema(
         log.warning("%s holds no moving average: it is taken to be the weights", url)
 
 
-def _silence_single_process() -> None:
-    # One process without a process group is a supported case, not an accident. For good, because
-    # `catch_warnings` is not for threads, and a checkpoint may be written by one.
-    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-
-
-class _SavePlanner(dcp.DefaultSavePlanner):
-    def lookup_object(self, index: MetadataIndex) -> Any:
-        return _values(self.state_dict[index.fqn])
-
-
-class _LoadPlanner(dcp.DefaultLoadPlanner):
-    def set_up_planner(
-        self, state_dict: Any, metadata: Metadata | None = None, is_coordinator: bool = False
-    ) -> None:  # the default one drops what it does not know
-        self.state_dict, self.metadata = state_dict, metadata
-        self.is_coordinator = is_coordinator
-
-    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
-        return _values(self.state_dict[index.fqn])
-
-
-def _values(value: Tensor | Piece) -> Tensor:
-    return value.values if isinstance(value, Piece) else value
-
-
 @dataclass(frozen=True)
-class _File:
-    """One object that a rank has written."""
+class _Range:
+    """Bytes [begin, end) of a file, and the values that they are."""
 
-    name: str
-    size_bytes: int
-    checksum: str
-
-
-class _StoreWriter(StorageWriter):
-    """Writes each rank's tensors end to end into its own objects, at most about PART_BYTES each."""
-
-    def __init__(
-        self, store: Store, shapes: Mapping[str, Sequence[int]], attempt: str = ""
-    ) -> None:
-        self.store = store
-        self.shapes = shapes
-        self.prefix = f"state/{attempt}-rank" if attempt else "state/rank"
-
-    def reset(self, checkpoint_id: Any = None) -> None:
-        pass
-
-    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        return plan
-
-    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        for rank, plan in enumerate(plans):
-            object.__setattr__(plan, "storage_data", rank)  # SavePlan is frozen
-        return plans
-
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        results: list[WriteResult] = []
-        parts: list[tuple[MetadataIndex, Tensor]] = []
-        num_files, waiting = 0, 0
-
-        def flush() -> None:
-            nonlocal num_files, waiting
-            name = f"{self.prefix}-{plan.storage_data:05d}-{num_files:03d}.bin"
-            # By torch, for it lets other threads run meanwhile.
-            data = torch.cat([part for _, part in parts]).numpy().data
-            self.store.write(name, data)
-            file, offset = _File(name, len(data), checksum(data)), 0
-            for index, part in parts:
-                results.append(WriteResult(index, part.numel(), (file, offset)))
-                offset += part.numel()
-            parts.clear()
-            num_files, waiting = num_files + 1, 0
-
-        for item in plan.items:
-            tensor = planner.resolve_data(item)
-            assert isinstance(tensor, Tensor)
-            raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            parts.append((item.index, raw))
-            waiting += raw.numel()
-            if waiting >= PART_BYTES:
-                flush()
-        if parts:
-            flush()
-        future: Future[list[WriteResult]] = Future()
-        future.set_result(results)
-        return future
-
-    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        written = {result.index: result for rank in results for result in rank}
-        files: dict[str, _File] = {}
-        tensors: dict[str, Any] = {}
-        for name, tensor in metadata.state_dict_metadata.items():
-            assert isinstance(tensor, TensorStorageMetadata)
-            chunks = []
-            for chunk in tensor.chunks:
-                (start,), (size,) = chunk.offsets, chunk.sizes
-                if size:  # a rank beyond the end of a small tensor holds nothing of it
-                    file, offset = written[MetadataIndex(name, chunk.offsets)].storage_data
-                    files[file.name] = file
-                    chunks.append([start, size, file.name, offset])
-            dtype = str(tensor.properties.dtype).removeprefix("torch.")
-            tensors[name] = {"dtype": dtype, "size": list(tensor.size), "chunks": chunks}
-        index = {
-            "format": FORMAT,
-            "shapes": {name: list(shape) for name, shape in self.shapes.items()},
-            "tensors": tensors,
-            "files": {f.name: [f.size_bytes, f.checksum] for f in files.values()},
-        }
-        self.store.write(INDEX, json.dumps(index).encode())
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
-        return False  # a store is handed over, never found by its name
+    file: str
+    begin: int
+    end: int
+    values: Tensor  # to be filled
+    dtype: torch.dtype  # in the file
 
 
-class _StoreReader(StorageReader):
-    """Reads exactly the bytes that a plan asks for, neighbours together."""
+def _to_read(index: dict[str, Any], state: Mapping[str, Tensor | Piece]) -> Iterator[_Range]:
+    for name, value in state.items():
+        values, first = _values(value).detach(), value.start if isinstance(value, Piece) else 0
+        entry = index["tensors"][name]
+        dtype: torch.dtype = getattr(torch, entry["dtype"])
+        for start, size, file, offset in entry["chunks"]:
+            low, high = max(start, first), min(start + size, first + values.numel())
+            if low < high:
+                begin = offset + (low - start) * dtype.itemsize
+                end = begin + (high - low) * dtype.itemsize
+                yield _Range(file, begin, end, values[low - first : high - first], dtype)
 
-    def __init__(self, store: Store) -> None:
-        self.store = store
-        self.index = json.loads(store.read(INDEX))
-        if self.index["format"] != FORMAT:
-            raise ValueError(f"{store.url} has format {self.index['format']}; we read {FORMAT}")
 
-    def reset(self, checkpoint_id: Any = None) -> None:
-        pass
+def _read(index: dict[str, Any], state: Mapping[str, Tensor | Piece], store: Store) -> None:
+    """Fill the tensors, neighbouring ranges by one request."""
+    gap_bytes = GAP_BYTES_LOCAL if store.is_local else GAP_BYTES
+    runs: list[list[_Range]] = []
+    for wanted in sorted(_to_read(index, state), key=lambda r: (r.file, r.begin)):
+        if (
+            runs
+            and runs[-1][0].file == wanted.file
+            and wanted.begin - runs[-1][-1].end <= gap_bytes
+            and wanted.end - runs[-1][0].begin <= READ_BYTES
+        ):
+            runs[-1].append(wanted)
+        else:
+            runs.append([wanted])
 
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        tensors: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
-        self.places: dict[MetadataIndex, tuple[str, int]] = {}
-        for name, entry in self.index["tensors"].items():
-            chunks = []
-            for start, size, file, offset in entry["chunks"]:
-                chunks.append(ChunkStorageMetadata(torch.Size([start]), torch.Size([size])))
-                self.places[MetadataIndex(name, [start])] = (file, offset)
-            properties = TensorProperties(dtype=getattr(torch, entry["dtype"]))
-            tensors[name] = TensorStorageMetadata(properties, torch.Size(entry["size"]), chunks)
-        return Metadata(tensors)
+    def fetch(run: Sequence[_Range]) -> bytearray:
+        begin, end = run[0].begin, run[-1].end
+        return bytearray(store.read_range(run[0].file, begin, end - begin))
 
-    def set_up_storage_reader(
-        self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
-    ) -> None:
-        pass
-
-    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        return plan
-
-    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        return plans
-
-    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        reads: list[tuple[str, int, int, ReadItem, torch.dtype]] = []
-        for item in plan.items:
-            name, (skip,), (size,) = item.storage_index.fqn, item.storage_offsets, item.lengths
-            if size:
-                file, offset = self.places[item.storage_index]
-                dtype = getattr(torch, self.index["tensors"][name]["dtype"])
-                start = offset + skip * dtype.itemsize
-                reads.append((file, start, start + size * dtype.itemsize, item, dtype))
-        reads.sort(key=lambda read: read[:2])
-        gap_bytes = GAP_BYTES_LOCAL if self.store.is_local else GAP_BYTES
-        runs: list[list[tuple[str, int, int, ReadItem, torch.dtype]]] = []
-        for read in reads:
-            file, start, end, _, _ = read
-            if (
-                runs
-                and runs[-1][0][0] == file
-                and start - runs[-1][-1][2] <= gap_bytes
-                and end - runs[-1][0][1] <= READ_BYTES
-            ):
-                runs[-1].append(read)
-            else:
-                runs.append([read])
-
-        def fetch(run: Sequence[tuple[str, int, int, ReadItem, torch.dtype]]) -> bytearray:
-            (file, begin, *_), end = run[0], run[-1][2]
-            return bytearray(self.store.read_range(file, begin, end - begin))
-
-        with ThreadPoolExecutor(READS_IN_FLIGHT) as pool:
-            for first in range(0, len(runs), READS_IN_FLIGHT):  # so many are in memory at a time
-                some = runs[first : first + READS_IN_FLIGHT]
-                for run, data in zip(some, pool.map(fetch, some), strict=True):
-                    for _, start, end, item, dtype in run:
-                        count = (end - start) // dtype.itemsize
-                        offset = start - run[0][1]
-                        values = torch.frombuffer(data, dtype=dtype, count=count, offset=offset)
-                        target = planner.resolve_tensor(item).detach()
-                        target.copy_(values)
-                        planner.commit_tensor(item, target)
-        future: Future[None] = Future()
-        future.set_result(None)
-        return future
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
-        return False
+    with ThreadPoolExecutor(READS_IN_FLIGHT) as pool:
+        for first in range(0, len(runs), READS_IN_FLIGHT):  # so many are in memory at a time
+            some = runs[first : first + READS_IN_FLIGHT]
+            for run, data in zip(some, pool.map(fetch, some), strict=True):
+                for one in run:
+                    count = (one.end - one.begin) // one.dtype.itemsize
+                    offset = one.begin - run[0].begin
+                    one.values.copy_(
+                        torch.frombuffer(data, dtype=one.dtype, count=count, offset=offset)
+                    )

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import distributed
-from torch.distributed.checkpoint import CheckpointException
 
 from framework.checkpoint import Checkpoints
+from framework.sharded_state import RanksFailed
 from framework.storage import Store
 from framework.train.engine import Engine, Snapshot
 from framework.train.failures import SaveFailed, may_pass
@@ -163,7 +163,7 @@ class Committer:
         try:
             if action is not None:
                 action()
-        except (Exception, CheckpointException) as error:  # torch's is no Exception
+        except Exception as error:
             traceback.print_exc()
             mine = (_words(error), may_pass(error))
         found: list[Any] = [mine] * self._dp_size
@@ -177,7 +177,7 @@ class Committer:
 
 
 def _words(error: BaseException) -> str:
-    """An error, taken out of what torch's checkpoint wraps around it."""
-    if isinstance(error, CheckpointException) and error.failures:
-        error = next(iter(error.failures.values()))[0]
+    """An error, or the first of those that ranks raised together."""
+    if isinstance(error, RanksFailed):
+        error = next(iter(error.failures.values()))
     return f"{type(error).__name__}: {error}"

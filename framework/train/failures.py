@@ -10,8 +10,8 @@ import traceback
 import ray
 import torch
 from torch import distributed
-from torch.distributed.checkpoint import CheckpointException
 
+from framework.sharded_state import RanksFailed
 from framework.storage import is_transient
 from framework.train.watchdog import Hung
 
@@ -43,8 +43,8 @@ def may_pass(error: BaseException) -> bool:
     """Whether the same command may succeed when it is tried again."""
     if isinstance(error, ray.exceptions.RayTaskError) and isinstance(error.cause, BaseException):
         return may_pass(error.cause)  # of a task that read data
-    if isinstance(error, CheckpointException):  # what ranks raised in a save or a load, by rank
-        return all(may_pass(raised) for raised, _ in error.failures.values())
+    if isinstance(error, RanksFailed):  # in a save or a load
+        return all(may_pass(raised) for raised in error.failures.values())
     if isinstance(error, SaveFailed):
         return error.passing
     if isinstance(error, torch.OutOfMemoryError | MemoryError):

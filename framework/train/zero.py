@@ -186,9 +186,9 @@ class ZeroEngine:
         )
         self.zero = self.model.optimizer
         self.stage: Stage = (
-            Stage3(self.model, self.params, self.rank)
+            Stage3(self.zero, self.params, self.rank)
             if config.stage == 3
-            else Stage1And2(self.model, self.params)
+            else Stage1And2(self.zero, self.params)
         )
         flats = self.stage.flats
         create_adam_state(self.zero.optimizer, flats)

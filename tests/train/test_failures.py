@@ -7,8 +7,8 @@ import pytest
 import ray
 import torch
 from torch import distributed
-from torch.distributed.checkpoint import CheckpointException
 
+from framework.sharded_state import RanksFailed
 from framework.storage import Store
 from framework.train.failures import Patience, SaveFailed, Superseded, may_pass, words_of
 from framework.train.fence import begin_attempt, read_attempt
@@ -23,7 +23,7 @@ PASSING = [
     OSError("AWS Error NETWORK_CONNECTION during HeadObject operation"),
     TimeoutError("no answer"),
     SaveFailed("rank 0: OSError: SLOW_DOWN", passing=True),
-    CheckpointException("save", {1: (OSError("SLOW_DOWN"), None)}),
+    RanksFailed({1: OSError("SLOW_DOWN")}),
 ]
 FINAL = [
     IndexError("list index out of range"),
@@ -37,7 +37,7 @@ FINAL = [
     Diverged("nan"),
     Superseded("by attempt 3"),
     SaveFailed("rank 0: OSError: [Errno 28] No space left on device", passing=False),
-    CheckpointException("save", {1: (OSError(errno.ENOSPC, "No space left"), None)}),
+    RanksFailed({1: OSError(errno.ENOSPC, "No space left")}),
 ]
 
 
