@@ -139,19 +139,24 @@ def load_state(
     where the checkpoint has other tensors than the model, or tensors of other shapes; RanksFailed
     where a rank failed to read; of a process without others, its own error.
     """
-    index = json.loads(store.read(INDEX))
-    if index["format"] != FORMAT:
-        raise ValueError(f"{store.url} has format {index['format']}; we read {FORMAT}")
-    _let_weights_stand_for_ema(index["tensors"], state, store.url)
-    _check_shapes(index, state, shapes, store.url)
-    if alone or _world(group) == 1:
+
+    def read() -> None:
+        index = json.loads(store.read(INDEX))
+        if index["format"] != FORMAT:
+            raise ValueError(f"{store.url} has format {index['format']}; we read {FORMAT}")
+        _let_weights_stand_for_ema(index["tensors"], state, store.url)
+        _check_shapes(index, state, shapes, store.url)
         _read(index, state, store)
+
+    if alone or _world(group) == 1:
+        read()
         return
-    outcome = _try(lambda: _read(index, state, store))
+    outcome = _try(read)
     outcomes: list[Any] = [None] * _world(group)
     distributed.all_gather_object(outcomes, outcome, group)
     if failures := _failures(outcomes):
-        raise RanksFailed(failures)
+        first = failures.get(0)  # the checkpoint is another model's, for all ranks alike
+        raise first if isinstance(first, ValueError) else RanksFailed(failures)
 
 
 def _world(group: distributed.ProcessGroup | None) -> int:

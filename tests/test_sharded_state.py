@@ -100,7 +100,12 @@ def job_load(rank: int, folder: Path) -> dict[str, Any]:
             piece = piece.values
         assert torch.equal(piece, values), name
     broken = Failing(store, "rank" if rank == 2 else "nothing", EOFError("too short"))
-    return {"rank 2": told(lambda: load_state(state, SHAPES, broken))}
+    gone = Store(folder / "gone") if rank == 1 else store
+    failed = {"rank 2": told(lambda: load_state(state, SHAPES, broken))}
+    failed["no index"] = told(lambda: load_state(state, SHAPES, gone))
+    with pytest.raises(ValueError, match="tensor w has shape"):
+        load_state(state, {"w": [100]}, store)
+    return failed
 
 
 def rank_main(job: str, rank: int, world: int, folder: Path) -> None:
@@ -147,7 +152,11 @@ def test_ranks_save_load_and_fail_together(tmp_path: Path) -> None:
         "smaller": [("1-000", 0, 2)],
         "none": [],
     }
-    assert run("job_load", 3, tmp_path) == [{"rank 2": {"2": "EOFError: too short"}}] * 3
+    loaded = run("job_load", 3, tmp_path)
+    assert loaded[0] == loaded[1] == loaded[2]
+    assert loaded[0]["rank 2"] == {"2": "EOFError: too short"}
+    assert list(loaded[0]["no index"]) == ["1"]
+    assert loaded[0]["no index"]["1"].startswith("FileNotFoundError")
 
 
 def test_a_hole_or_an_overlap_is_no_checkpoint(tmp_path: Path) -> None:

@@ -165,19 +165,17 @@ class Committer:
                 action()
         except Exception as error:
             traceback.print_exc()
-            mine = (_words(error), may_pass(error))
+            mine = (self._words(error), may_pass(error))
         found: list[Any] = [mine] * self._dp_size
         if self._dp_size > 1:
             distributed.all_gather_object(found, mine, group=self._engine.group)
-        failed = [(rank, *told) for rank, told in enumerate(found) if told is not None]
+        failed = [told for told in found if told is not None]
         if not failed:
             return None
-        rank, words, _ = failed[0]
-        return SaveFailed(f"rank {rank}: {words}", all(passing for _, _, passing in failed))
+        return SaveFailed(failed[0][0], all(passing for _, passing in failed))
 
-
-def _words(error: BaseException) -> str:
-    """An error, or the first of those that ranks raised together."""
-    if isinstance(error, RanksFailed):
-        error = next(iter(error.failures.values()))
-    return f"{type(error).__name__}: {error}"
+    def _words(self, error: Exception) -> str:
+        """The error, and on which rank; all ranks have heard already of what failed together."""
+        if isinstance(error, RanksFailed):
+            return str(error)
+        return f"rank {self._rank}: {type(error).__name__}: {error}"
