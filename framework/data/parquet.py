@@ -18,7 +18,7 @@ def to_parquet(tables: Sequence[pa.Table]) -> pa.Buffer:
 
 
 def from_parquet(data: pa.Buffer) -> pa.Table:
-    """The rows of a file, in Arrow's own memory: see `Store.read_buffer`."""
+    """The rows of a file that lies in Arrow's own memory, not in Python's: `Store.read_buffer`."""
     return pq.read_table(pa.BufferReader(data))
 
 
