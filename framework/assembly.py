@@ -17,13 +17,13 @@ from framework.checkpoint import Checkpoint
 from framework.data.collate import ClipReader, LatentReader, VideoReader
 from framework.data.config import DataConfig
 from framework.data.cost import CostModel
-from framework.data.latents import Encoders, encoding_differences, load_text
+from framework.data.latents import Encoders, load_text
 from framework.data.manifest import Manifest, read_clip_ids, read_manifest
 from framework.data.plan import Plan, check_choice, make_epoch
 from framework.data.recipe import Recipe
 from framework.data.views import Geometry
 from framework.diffusion.objective import Objective
-from framework.mapping import flatten, to_mapping
+from framework.mapping import differences
 from framework.networks import (
     CaptionEncoder,
     FrameEncoder,
@@ -34,12 +34,10 @@ from framework.networks import (
     built,
 )
 from framework.storage import Store
+from framework.train.identity import Identity
 from model_zoo.flops import Work, cost_coefficients
 from model_zoo.patchify import patch_std
 from model_zoo.protocols import TextEncoder, VideoCodec
-
-# Which kernel computes attention is up to the machine; weights of one do for another.
-_FREE_KEYS = ("model.attention",)
 
 
 @dataclass(frozen=True)
@@ -52,12 +50,19 @@ class Assembly:
     objective: Any
     data: DataConfig
     seed: int
+    identity: Identity  # of the run
 
     @classmethod
     def of(cls, config: Any) -> "Assembly":
         """The line of a run config."""
         return cls(
-            config.model, config.codec, config.text, config.objective, config.data, config.run.seed
+            config.model,
+            config.codec,
+            config.text,
+            config.objective,
+            config.data,
+            config.run.seed,
+            config.identity,
         )
 
     def build_codec(self) -> VideoCodec:
@@ -130,7 +135,7 @@ class Assembly:
         if manifest.encoding and not self.data.latents:
             raise ValueError(f"data.manifest={url!r} is of latents; set data.latents to it")
         if self.data.latents:
-            differing = encoding_differences(manifest.encoding, self.encoding())
+            differing = differences(manifest.encoding, self.encoding())
             if differing:
                 raise ValueError(
                     f"data.latents={url!r} was encoded otherwise:\n  "
@@ -189,27 +194,17 @@ class Assembly:
             step = found.step
         return model.to("cuda" if torch.cuda.is_available() else "cpu"), step
 
-    def network(self) -> dict[str, Any]:
-        """What weights mean something with: the flat configs "model.width", "codec._target_", …"""
-        names = ("model", "codec", "text", "objective")
-        flat = flatten({name: to_mapping(getattr(self, name)) for name in names})
-        return {key: value for key, value in flat.items() if key not in _FREE_KEYS}
+    def network(self) -> Identity:
+        """What weights mean something with."""
+        return self.identity.part("model", "codec", "text", "objective")
 
     def _check_meant_for(self, checkpoint: Checkpoint) -> None:
         """Shapes alone would let other heads, frequencies or text lengths pass, and give noise."""
-        here = self.network()
-        prefixes = tuple(f"{name}." for name in {key.split(".")[0] for key in here})
-        there = {
-            key: value
-            for key, value in checkpoint.meta.get("config", {}).items()
-            if key.startswith(prefixes) and key not in _FREE_KEYS
-        }
-        differing = [
-            f"{key}: {there.get(key)!r} there, {here.get(key)!r} here"
-            for key in sorted({*there, *here})
-            if there.get(key) != here.get(key)
-        ]
-        if there and differing:
+        there = Identity(checkpoint.meta.get("config", {})).part(
+            "model", "codec", "text", "objective"
+        )
+        differing = self.network().differences(there.values)
+        if there.values and differing:
             raise ValueError(
                 f"{checkpoint.store.url} was trained with another config:\n  "
                 + "\n  ".join(differing)

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from framework.run_format import FORMAT, check_format
 from framework.sharded_state import (
-    FORMAT,
     INDEX,
     checksum,
     load_state,
@@ -69,7 +69,7 @@ class Checkpoints:
         OSError where a file of the index is not there in full.
         """
         folder = self.folder(step)
-        meta = {**meta, "step": step}
+        meta = {**meta, "step": step, "format": FORMAT}
         folder.write(META, json.dumps(meta, indent=1).encode())
         files = dict(json.loads(folder.read(INDEX))["files"])
         for name in folder.list():
@@ -79,7 +79,7 @@ class Checkpoints:
         problem = _find_problem(folder, files, None)
         if problem:
             raise OSError(f"checkpoint {folder.url} cannot be committed: {problem}")
-        folder.write(MARKER, json.dumps({"format": FORMAT, "files": files}).encode())
+        folder.write(MARKER, json.dumps({"files": files}).encode())
         return Checkpoint(step, folder, meta)
 
     def committed_steps(self) -> list[int]:
@@ -220,6 +220,7 @@ def _open(folder: Store, share: tuple[int, int] | None) -> Checkpoint:
     if problem:
         raise ValueError(f"{folder.url} is not whole: {problem}")
     meta = json.loads(folder.read(META))
+    check_format(meta.get("format"), folder.url)
     return Checkpoint(meta["step"], folder, meta)
 
 

@@ -1,64 +1,90 @@
 """The typed run config: composes `conf/`, checks names, types and ranges, builds dataclasses.
 
-YAML holds named choices; frozen dataclasses hold defaults, types and checks. A node with
-`_target_` names such a dataclass under `framework.` or `model_zoo.`; nothing else is ever
-instantiated, and the prefix is looked at before the import. An override may set any field of a
-dataclass, whether its YAML lists it or not; a misspelt one is answered with the nearest valid name.
+YAML holds named choices; frozen dataclasses hold defaults, types and checks. A choice of a group
+leads to a kind, and by it to a dataclass (`framework.kinds`); nothing else is ever instantiated.
+An override may set any field of a dataclass, whether its YAML lists it or not; a misspelt one is
+answered with the nearest valid name.
 
 Only entry points and tests import this module; everyone else is handed a sub-config.
 """
 
 import dataclasses
-import difflib
-import importlib
-import math
 import os
 import sys
-import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from framework.cluster import ClusterConfig
 from framework.data.config import DataConfig
+from framework.diffusion.objective import ObjectiveConfig
+from framework.diffusion.samplers import SamplerConfig
 from framework.evaluate.config import EvaluateConfig
 from framework.export.config import ExportConfig
-from framework.mapping import unflatten
+from framework.kinds import Kinds, Package
+from framework.mapping import flatten, free, free_keys, masked, to_mapping, unflatten
 from framework.sample.config import SampleConfig
+from framework.tracking import TrackerConfig
 from framework.train.config import HardwareConfig, RunSection, TrainConfig
-
-ALLOWED_PREFIXES = ("framework.", "model_zoo.")
+from framework.train.engine import EngineConfig, OptimizerConfig
+from framework.train.identity import Identity
+from framework.typed import build, is_protocol
+from model_zoo.protocols import CodecConfig, ModelConfig, TextConfig
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """All that a run is made of; each group is a folder of `conf/`."""
+    """All that a run is made of; each group is a folder of `conf/`.
+
+    `packages`: of your own, whose kinds and YAML are used beside ours: `team`, whose YAML is in the
+    package's folder `conf`, or `team:FOLDER`. `choices`: what was chosen of each group, as typed;
+    `kinds`: what kind each of them is. Nobody sets the last two.
+    """
 
     run: RunSection
-    model: Any
-    codec: Any
-    text: Any
-    objective: Any
-    optimizer: Any
-    engine: Any
-    sampler: Any
-    tracking: Any
+    model: ModelConfig
+    codec: CodecConfig
+    text: TextConfig
+    objective: ObjectiveConfig
+    optimizer: OptimizerConfig
+    engine: EngineConfig
+    sampler: SamplerConfig = field(metadata={"free": True})
+    tracking: TrackerConfig = field(metadata={"free": True})
     data: DataConfig
     train: TrainConfig
-    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
-    sample: SampleConfig = field(default_factory=SampleConfig)
-    export: ExportConfig = field(default_factory=ExportConfig)
-    cluster: ClusterConfig = field(default_factory=ClusterConfig)
-    hardware: HardwareConfig = field(default_factory=HardwareConfig)
-    estimate: bool = False  # `framework.train` says what the run would take, and does not train
-    profile: bool = False  # a window of steps of rank 0, see train.profiler
+    evaluate: EvaluateConfig = free(of=EvaluateConfig)
+    sample: SampleConfig = free(of=SampleConfig)
+    export: ExportConfig = free(of=ExportConfig)
+    cluster: ClusterConfig = free(of=ClusterConfig)
+    hardware: HardwareConfig = free(of=HardwareConfig)
+    # `framework.train` says what the run would take, and does not train
+    estimate: bool = free(False)
+    # a window of steps of rank 0, see train.profiler
+    profile: bool = free(False)
+    packages: tuple[str, ...] = free(())
+    choices: dict[str, str] = free(of=dict)
+    kinds: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def identity(self) -> Identity:
+        """The config as runs keep and compare it."""
+        mapping = to_mapping(self)
+        for group, kind in mapping.pop("kinds").items():
+            mapping[group] = {"kind": kind, **mapping[group]}
+        return Identity(masked(flatten(mapping)), free_keys(self))
+
+
+# Fields of any kind: each is a folder of `conf/`.
+GROUPS = tuple(name for name, h in typing.get_type_hints(RunConfig).items() if is_protocol(h))
+_OURS = ("choices", "kinds")  # fields that nobody sets
 
 
 def conf_dir() -> Path:
@@ -69,10 +95,15 @@ def conf_dir() -> Path:
     return path
 
 
-def compose(overrides: list[str]) -> RunConfig:
+def compose(overrides: Sequence[str]) -> RunConfig:
     """Compose `conf/config.yaml` with Hydra overrides and convert it; ValueError on any mistake."""
     with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return convert(hydra.compose("config", [_for_hydra(o) for o in overrides]))
+        node = hydra.compose("config", _for_hydra(overrides), return_hydra_config=True)
+        choices = node.hydra.runtime.choices
+        # Hydra's own node refers to what only a command has.
+        return convert(
+            OmegaConf.masked_copy(node, [str(key) for key in node if key != "hydra"]), choices
+        )
 
 
 def entry(function: Callable[[RunConfig], None], section: str = "") -> None:
@@ -85,7 +116,7 @@ def entry(function: Callable[[RunConfig], None], section: str = "") -> None:
     @hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")
     def run(node: DictConfig) -> None:
         try:
-            function(convert(node))
+            function(convert(node, HydraConfig.get().runtime.choices))
         except (ValueError, OSError) as error:  # what a user gave, and the places that it names
             if os.environ.get("LONGTAKE_TRACEBACK"):
                 raise
@@ -96,11 +127,75 @@ def entry(function: Callable[[RunConfig], None], section: str = "") -> None:
             sys.exit(130)  # as a shell has it for SIGINT
 
     try:
-        sys.argv[1:] = [_for_hydra(_in_section(a, section)) for a in sys.argv[1:]]
+        sys.argv[1:] = _for_hydra([_in_section(a, section) for a in sys.argv[1:]])
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     run()
+
+
+def convert(node: DictConfig, choices: Mapping[str, Any]) -> RunConfig:
+    """Turn a composed config into dataclasses; ValueError names the key and the nearest one.
+
+    choices: Hydra's, by group.
+    """
+    try:
+        mapping = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
+    except Exception as error:  # OmegaConf's own errors name the key already
+        raise ValueError(str(error).strip()) from error
+    assert isinstance(mapping, dict)
+    given = {str(key): value for key, value in mapping.items() if key != "hydra"}
+    for name in _OURS:
+        if name in given:
+            raise ValueError(f"{name}: no such key; a choice is made by its group, model=dit_s")
+    kinds = _kinds(given.get("packages", ()))
+    for group in GROUPS:
+        given[group] = _by_kind(kinds, group, given.get(group))
+    given["choices"] = {
+        group: str(choices[group])
+        for group in (*GROUPS, "data", "experiment")
+        if choices.get(group) is not None
+    }
+    return _build(given, kinds)
+
+
+def from_flat(flat: Mapping[str, Any]) -> RunConfig:
+    """A RunConfig from the values of an Identity."""
+    given = unflatten(flat)
+    return _build(given, _kinds(given.get("packages", ())))
+
+
+def group_from_flat(flat: Mapping[str, Any], name: str, packages: Sequence[str] = ()) -> Any:
+    """One group of a flat run config, say "model" of a checkpoint's; ValueError on any mistake."""
+    prefix = f"{name}."
+    kept = {key.removeprefix(prefix): v for key, v in flat.items() if key.startswith(prefix)}
+    cls, given = _resolve(_kinds(packages), name, unflatten(kept))
+    return build(cls, given, name, lambda *_: _resolve(_kinds(packages), *_))
+
+
+def _build(given: dict[str, Any], kinds: Kinds) -> RunConfig:
+    """From a mapping whose groups name their kinds."""
+    found = {group: given[group]["kind"] for group in GROUPS if group in given}
+    return build(RunConfig, {**given, "kinds": found}, "", lambda *_: _resolve(kinds, *_))
+
+
+def _kinds(packages: Sequence[str]) -> Kinds:
+    return Kinds(conf_dir(), [Package.parse(text) for text in packages])
+
+
+def _by_kind(kinds: Kinds, group: str, value: Any) -> dict[str, Any]:
+    """A group as composed, with its kind in place of the class that its YAML states."""
+    if not isinstance(value, dict) or "_target_" not in value:
+        raise ValueError(f"{group}={value!r}: choose one of conf/{group}/, such as {group}=NAME")
+    if "kind" in value:
+        raise ValueError(f"{group}.kind: no such key; choose one of conf/{group}/ by {group}=NAME")
+    fields = {str(key): v for key, v in value.items() if key != "_target_"}
+    return {"kind": kinds.of_target(group, str(value["_target_"])), **fields}
+
+
+def _resolve(kinds: Kinds, group: str, value: Any) -> tuple[type, dict[str, Any]]:
+    fields = dict(value)
+    return kinds.config_class(group, str(fields.pop("kind", None))), fields
 
 
 def _in_section(argument: str, section: str) -> str:
@@ -113,148 +208,33 @@ def _in_section(argument: str, section: str) -> str:
     return f"{section}.{argument}" if name in its_own - everywhere else argument
 
 
-def _for_hydra(argument: str) -> str:
-    """Turn `a.b=c` into `++a.b=c`, so that Hydra leaves the check of names to `convert`.
+def _for_hydra(arguments: Sequence[str]) -> list[str]:
+    """Arguments as Hydra wants them, with the YAML of `packages` on its search path.
 
-    ValueError where Hydra could not read it; its own error is about its grammar.
+    ValueError where Hydra could not read one; its own error is about its grammar.
     """
-    name, _, value = argument.partition("=")
-    try:
-        if not argument.startswith("-"):
-            OverridesParser.create().parse_override(argument)
-    except HydraException as error:
-        raise ValueError(
-            f"{argument} cannot be read; quote a value with spaces or signs, for the shell and "
-            f"within: '{name}=\"{value}\"'"
-        ) from error
-    is_override = "=" in argument and name.replace(".", "").replace("_", "").isalnum()
-    if not is_override or name.startswith("hydra") or (conf_dir() / name).is_dir():
-        return argument
-    return f"++{argument}"
-
-
-def convert(node: DictConfig) -> RunConfig:
-    """Turn a composed config into dataclasses; ValueError names the key and the nearest one."""
-    try:
-        mapping = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
-    except Exception as error:  # OmegaConf's own errors name the key already
-        raise ValueError(str(error).strip()) from error
-    assert isinstance(mapping, dict)
-    return _build(RunConfig, {str(k): v for k, v in mapping.items() if k != "hydra"}, "")
-
-
-def from_mapping(mapping: Any) -> RunConfig:
-    """A RunConfig from what `framework.mapping.to_mapping` gave."""
-    return _build(RunConfig, mapping, "")
-
-
-def group_from_flat(flat: Mapping[str, Any], name: str) -> Any:
-    """One group of a flat run config, say "model" of a checkpoint's; ValueError on any mistake."""
-    prefix = f"{name}."
-    kept = {key.removeprefix(prefix): v for key, v in flat.items() if key.startswith(prefix)}
-    return _target(unflatten(kept), name)
-
-
-def _build(cls: type, mapping: dict[str, Any], path: str) -> Any:
-    hints = typing.get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    given = {str(key): value for key, value in mapping.items() if key != "_target_"}
-    for key in given:
-        if key not in fields:
-            near = difflib.get_close_matches(key, fields, n=1)
-            hint = f"did you mean {_join(path, near[0])}?" if near else f"try {', '.join(fields)}"
-            raise ValueError(f"{_join(path, key)}: no such key; {hint}")
-    for name, f in fields.items():
-        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-        if required and name not in given:
-            raise ValueError(f"{_join(path, name)}: a value is needed")
-    values = {key: _value(hints[key], value, _join(path, key)) for key, value in given.items()}
-    try:
-        return cls(**values)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}" if path else str(error)) from error
-
-
-def _join(path: str, key: str) -> str:
-    return f"{path}.{key}" if path else key
-
-
-def _value(hint: Any, value: Any, path: str) -> Any:
-    """Check one value against its type hint; int passes for float, a list for a tuple."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any:
-        return _target(value, path)
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in args:
-            return None
-        inner = [a for a in args if a is not type(None)]
-        fitting = [a for a in inner if isinstance(value, list | tuple) == _is_sequence(a)]
-        return _value((fitting or inner)[0], value, path)
-    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        if not isinstance(value, dict):
-            raise ValueError(f"{path}={value!r}: a mapping is needed")
-        return _build(hint, value, path)
-    if origin is typing.Literal:
-        if value not in args:
-            raise ValueError(f"{path}={value!r}: must be one of {', '.join(map(str, args))}")
-        return value
-    if origin in (tuple, list):
-        if not isinstance(value, list | tuple):
-            raise ValueError(f"{path}={value!r}: a list is needed")
-        any_length = origin is list or args[-1] is Ellipsis
-        inner_hints = args[:1] * len(value) if any_length else args
-        if len(inner_hints) != len(value):
-            raise ValueError(f"{path}={value!r}: exactly {len(inner_hints)} values are needed")
-        pairs = enumerate(zip(inner_hints, value, strict=True))
-        items = [_value(h, v, f"{path}[{i}]") for i, (h, v) in pairs]
-        return tuple(items) if origin is tuple else items
-    if origin is dict:
-        if not isinstance(value, dict):
-            raise ValueError(f"{path}={value!r}: a mapping is needed")
-        return {str(k): _value(args[1], v, f"{path}.{k}") for k, v in value.items()}
-    return _scalar(hint, value, path)
-
-
-def _is_sequence(hint: Any) -> bool:
-    return typing.get_origin(hint) in (tuple, list)
-
-
-def _scalar(hint: Any, value: Any, path: str) -> Any:
-    if hint is str and isinstance(value, int) and not isinstance(value, bool):
-        value = str(value)  # run.name=2024: YAML reads a number
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if hint is float and isinstance(value, str):  # YAML 1.1 reads 1e-4 as a string
+    folders: list[str] = []
+    prepared = []
+    for argument in arguments:
+        name, _, value = argument.partition("=")
         try:
-            value = float(value)
-        except ValueError:
-            raise ValueError(f"{path}={value!r}: a float is needed") from None
-    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise ValueError(f"{path}={value!r}: {hint.__name__} is needed, not {type(value).__name__}")
-    if isinstance(value, float) and math.isnan(value):
-        raise ValueError(f"{path}: NaN is no value")
-    return value
-
-
-def _target(value: Any, path: str) -> Any:
-    if not isinstance(value, dict) or "_target_" not in value:
-        raise ValueError(f"{path}={value!r}: a config with a _target_ is needed, see conf/{path}/")
-    name = str(value["_target_"])
-    if not name.startswith(ALLOWED_PREFIXES):
-        raise ValueError(
-            f"{path}._target_={name!r}: only names under {' and '.join(ALLOWED_PREFIXES)} are built"
-        )
-    module_name, _, class_name = name.rpartition(".")
-    try:
-        cls = getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"{path}._target_={name!r}: {error}") from error
-    params = getattr(cls, "__dataclass_params__", None)
-    if (
-        not isinstance(cls, type)
-        or not params
-        or not params.frozen
-        or cls.__module__ != module_name
-    ):
-        raise ValueError(f"{path}._target_={name!r}: it is not a frozen config dataclass")
-    return _build(cls, value, path)
+            parsed = None
+            if not argument.startswith("-"):
+                parsed = OverridesParser.create().parse_override(argument)
+        except HydraException as error:
+            raise ValueError(
+                f"{argument} cannot be read; quote a value with spaces or signs, for the shell and "
+                f"within: '{name}=\"{value}\"'"
+            ) from error
+        if name == "packages" and parsed is not None:
+            texts = parsed.value()
+            texts = [str(text) for text in texts] if isinstance(texts, list) else [str(texts)]
+            folders += [f"'file://{Package.parse(text).conf}'" for text in texts]
+            argument = f"packages=[{','.join(map(repr, texts))}]"
+        is_override = "=" in argument and name.replace(".", "").replace("_", "").isalnum()
+        is_field = not name.startswith("hydra") and not (conf_dir() / name).is_dir()
+        # `++a.b=c` leaves the check of names to `convert`.
+        prepared.append(f"++{argument}" if is_override and is_field else argument)
+    if folders:
+        prepared.append(f"hydra.searchpath=[{','.join(folders)}]")
+    return prepared

@@ -16,6 +16,7 @@ from typing import Literal, Protocol
 from urllib.parse import urlsplit
 
 from framework.journal import Journal
+from framework.mapping import mask_url
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
@@ -63,6 +64,36 @@ class Tracker(Protocol):
 
     def close(self, status: Status | None = "FINISHED", timeout_s: float = 30.0) -> None:
         """End the run with `status` (None leaves it open), flush, and stop sending."""
+
+
+class TrackerConfig(Protocol):
+    """What a run wants of the config of a tracker of any kind."""
+
+    def check(self, num_nodes: int) -> None:
+        """ValueError where the workers of so many nodes could not reach the tracker."""
+
+    def check_lasting(self, check: Callable[[str, str], None]) -> None:
+        """Let `check(key, path)` look at each local file that must outlast the job."""
+
+    def absolute(self, base: Path) -> "TrackerConfig":
+        """The same with relative paths taken from `base`, for workers in other folders."""
+
+    def page(self) -> str:
+        """Where to watch the run, in words."""
+
+    def build(
+        self,
+        run_name: str,
+        journal_dir: Path,
+        run_id: str | None = None,
+        run_key: str | None = None,
+        tags: Mapping[str, str] | None = None,
+        reopen: bool = True,
+    ) -> Tracker:
+        """Open the run `run_id`, else the one that was made for `run_key`, else make one.
+
+        `reopen` False adds to a run without saying that it is running again.
+        """
 
 
 class NoTracker:
@@ -147,7 +178,7 @@ class MlflowConfig:
         schemes = ("http", "https", "sqlite", "postgresql", "mysql", "mssql")
         if urlsplit(self.uri).scheme.split("+")[0] not in schemes:
             raise ValueError(
-                f"uri={self.uri!r} must start with one of {', '.join(schemes)} (MLflow gives up "
+                f"uri={mask_url(self.uri)!r} must start with one of {', '.join(schemes)} (MLflow gives up "
                 "plain file stores); try sqlite:///runs/mlflow.db"
             )
         if not self.experiment:
@@ -185,7 +216,7 @@ class MlflowConfig:
     @property
     def uri_without_password(self) -> str:
         """`uri` as it may be shown and stored."""
-        return re.sub(r"//[^/@]*@", "//***@", self.uri)
+        return mask_url(self.uri)
 
     @property
     def artifact_location(self) -> str | None:

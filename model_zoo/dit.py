@@ -13,7 +13,7 @@ dim. Every module runs in every forward pass, whatever the data: under ZeRO-3 al
 the same parameters in the same order.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -86,7 +86,8 @@ class DiTConfig:
     gelu: Gelu = "tanh"
     text_depth: int = 2
     text_max_length: int = 512
-    attention: str = "auto"
+    # Which kernel computes attention is up to the machine: weights of one do for another.
+    attention: str = field(default="auto", metadata={"free": True})
     attention_span: AttentionSpan = "full"
 
     def __post_init__(self) -> None:

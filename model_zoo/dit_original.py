@@ -13,7 +13,7 @@ so that captions work too, with what a mean can tell; no text at all adds nothin
 Shapes: B segments, L video tokens, K text tokens, P values in one patch, D width.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -69,7 +69,8 @@ class OriginalDiTConfig:
     learn_sigma: bool = False
     text_depth: int = 0
     text_max_length: int = 512
-    attention: str = "auto"
+    # Which kernel computes attention is up to the machine: weights of one do for another.
+    attention: str = field(default="auto", metadata={"free": True})
 
     def __post_init__(self) -> None:
         check_positive(self, "width", "num_heads", "depth", "text_max_length")

@@ -14,7 +14,7 @@ dim. Every module runs in every forward pass, whatever the data: under ZeRO-3 al
 the same parameters in the same order.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -76,7 +76,8 @@ class MMDiTConfig:
     refiner_depth: int = 2
     text_depth: int = 2
     text_max_length: int = 512
-    attention: str = "auto"
+    # Which kernel computes attention is up to the machine: weights of one do for another.
+    attention: str = field(default="auto", metadata={"free": True})
 
     def __post_init__(self) -> None:
         # No depth may be zero: of a text stream that nobody reads, weights would have no gradient.

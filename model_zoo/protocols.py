@@ -4,9 +4,11 @@ Shapes: B segments (clips) in a pack, L video tokens, K text tokens, P values in
 width, C latent channels, T frames, F H W latent grid.
 """
 
-from typing import Protocol
+from typing import Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
+
+from model_zoo.flops import Work
 
 
 class Layout(Protocol):
@@ -54,6 +56,41 @@ class Denoiser(Protocol):
         Returns (L, P); what it means (velocity, noise, data) is the objective's affair.
         """
         ...
+
+
+class ModelConfig(Protocol):
+    """What the rest of Longtake may ask of the config of a model of any kind."""
+
+    @property
+    def patch(self) -> tuple[int, int, int]:
+        """Latent positions in time, height and width that make one token."""
+
+    @property
+    def text_max_length(self) -> int:
+        """The most text tokens of a clip that the model has positions for."""
+
+    def build(self, token_size: int, text_vocab: int | None, text_dim: int | None) -> nn.Module:
+        """The model, on torch's default device, for tokens of `token_size` values.
+
+        `text_vocab`: where text comes as ids (K,); `text_dim`: as embeddings (K, text_dim).
+        """
+
+    def work(self, token_size: int, text_dim: int | None) -> Work:
+        """What a forward pass of the model takes."""
+
+
+class CodecConfig(Protocol):
+    """What the rest of Longtake may ask of the config of a video codec of any kind."""
+
+    def build(self) -> Any:
+        """The codec."""
+
+
+class TextConfig(Protocol):
+    """What the rest of Longtake may ask of the config of a text encoder of any kind."""
+
+    def build(self) -> Any:
+        """The encoder."""
 
 
 class VideoCodec(Protocol):

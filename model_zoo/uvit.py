@@ -18,7 +18,7 @@ Shapes: B segments, L video tokens, K text tokens, J = B + K + L tokens of all k
 one patch, D width.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +60,8 @@ class UViTConfig:
     gelu: Gelu = "none"
     text_depth: int = 2
     text_max_length: int = 512
-    attention: str = "auto"
+    # Which kernel computes attention is up to the machine: weights of one do for another.
+    attention: str = field(default="auto", metadata={"free": True})
 
     def __post_init__(self) -> None:
         check_positive(self, "width", "ffn", "num_heads", "depth", "text_max_length")

@@ -268,3 +268,21 @@ def test_checkpoints_live_on_s3(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.equal(found["ema.a"], state_of(2)["ema.a"])
     finally:
         server.stop()
+
+
+def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(Store(tmp_path))
+    save_state({"x": torch.zeros(2)}, {}, checkpoints.begin(3))
+    folder = checkpoints.commit(3, {}).store
+    meta = json.loads(folder.read("meta.json"))
+    for found, sentence in (
+        (None, "older Longtake; commit"),
+        (99, "of format 99, written by a newer"),
+    ):
+        changed = json.dumps({**meta, "format": found}).encode()
+        marker = json.loads(folder.read("COMMITTED"))
+        marker["files"]["meta.json"] = [len(changed), checksum(changed)]
+        folder.write("meta.json", changed)
+        folder.write("COMMITTED", json.dumps(marker).encode())
+        with pytest.raises(ValueError, match=sentence):
+            find_checkpoint(Store(tmp_path), 3)

@@ -6,6 +6,7 @@ from framework.data.cost import CostModel
 from framework.data.recipe import Recipe
 from framework.data.synthetic import SyntheticConfig
 from framework.data.views import Geometry, ViewConfig
+from framework.mapping import free
 
 
 @dataclass(frozen=True)
@@ -97,13 +98,13 @@ class DataConfig:
     cost: CostModel | None = None
     # A file (URL) of clips to take out of a run that is under way, see
     # framework.data.manifest.read_clip_ids: the plan stays, they leave holes of weight zero.
-    exclude: str = ""
+    exclude: str = free("")
     index: IndexConfig = field(default_factory=IndexConfig)
     # URL of clips that `framework.data.encode` has encoded (or shall): training reads these instead
     # of the videos. Empty: videos are encoded in the stream.
     latents: str = ""
-    encode: EncodeConfig = field(default_factory=EncodeConfig)
-    stream: StreamConfig = field(default_factory=StreamConfig)
+    encode: EncodeConfig = free(of=EncodeConfig)
+    stream: StreamConfig = free(of=StreamConfig)
     synthetic: SyntheticConfig | None = None  # clips that `framework.data.synthetic` makes
 
     def recipe(self, geometry: Geometry, cost: CostModel, seed: int) -> Recipe:

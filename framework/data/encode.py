@@ -30,13 +30,14 @@ import torch
 from framework.data.collate import decode_view
 from framework.data.config import EncodeConfig
 from framework.data.fetch import fetch
-from framework.data.latents import Encoders, dump_clip, dump_text, encoding_differences
+from framework.data.latents import Encoders, dump_clip, dump_text
 from framework.data.manifest import SCHEMA, Manifest, checksum
 from framework.data.manifest_writer import cut_into_parts, save_manifest
 from framework.data.parquet import read_table, to_parquet
 from framework.data.recipe import Recipe
 from framework.data.shards import LATENTS_EXTENSION, ShardProblem, read_members, tar_bytes
 from framework.data.views import View, choose_views
+from framework.mapping import differences
 from framework.seeding import hash64
 from framework.storage import Store
 from framework.video import VideoError
@@ -126,7 +127,7 @@ def _claim(store: Store, encoding: Mapping[str, Any], encoders: Encoders) -> Non
         store.write("encoding.json", json.dumps(encoding, indent=1, sort_keys=True).encode())
         return
     here = json.loads(store.read("encoding.json"))
-    if differing := encoding_differences(here, encoding):
+    if differing := differences(here, encoding):
         raise ValueError(
             f"{store.url} was encoded otherwise:\n  " + "\n  ".join(differing) + "\n"
             "choose another data.latents, or the config of then"

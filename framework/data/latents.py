@@ -6,7 +6,6 @@ text-<hash>    (k,) ids or (k, D) embeddings, for each caption and for the empty
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import safetensors.torch
@@ -28,15 +27,6 @@ class Encoders:
 
     frames: Callable[[np.ndarray], Tensor]
     text: Callable[[str], Tensor]
-
-
-def encoding_differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """In which keys two encodings differ, a sentence each."""
-    return [
-        f"{key}: {there.get(key)!r} there, {here.get(key)!r} here"
-        for key in sorted({*there, *here})
-        if there.get(key) != here.get(key)
-    ]
 
 
 def dump_clip(latents: Tensor, texts: Mapping[str, Tensor], dtype: torch.dtype) -> bytes:

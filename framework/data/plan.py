@@ -356,16 +356,15 @@ def _choose_captions(lists: pa.Array, ids: np.ndarray, recipe: Recipe, epoch: in
 if __name__ == "__main__":
     from framework.assembly import Assembly
     from framework.config import RunConfig, entry
-    from framework.mapping import flatten, to_mapping
-    from framework.train.identity import claim, giving_back
+    from framework.train.identity import claim, name_freed_if_refused
 
     def main(config: RunConfig) -> None:
         """Plan the steps of a run and print what the plan is like."""
         assembly = Assembly.of(config)
         assembly.check()
         assembly.check_data()
-        run = claim(config.run, flatten(to_mapping(config)))
-        with giving_back(run):
+        run = claim(config.run, config.identity)
+        with name_freed_if_refused(run):
             plan = assembly.make_plan(run, config.train.steps, print)
         print(plan.epochs_of(config.train.steps))
 

@@ -55,6 +55,14 @@ class Objective(Protocol):
         ...
 
 
+class ObjectiveConfig(Protocol):
+    """What a run wants of the config of an objective of any kind."""
+
+    def build(self, token_std: Tensor) -> Objective:
+        """`token_std`: (P,) standard deviation of each value of a token over the clips."""
+        ...
+
+
 def token_t(t: Tensor, batch: PackedBatch) -> Tensor:
     """t by clip (B,) -> t by token (L, 1): given tokens are clean, so theirs is 0."""
     return (t[batch.segment_ids] * ~batch.given_mask)[:, None]

@@ -29,7 +29,7 @@ from framework.evaluate.features import RandomConv3d
 from framework.evaluate.frechet import Moments, frechet_distance
 from framework.evaluate.shapes import score
 from framework.evaluate.validation import validation_loss
-from framework.mapping import flatten, to_mapping
+from framework.mapping import flatten, is_below, masked, to_mapping
 from framework.sample.generate import Prompt, generate
 from framework.storage import Store
 from framework.video import VideoError
@@ -95,14 +95,15 @@ def _settings(
         {
             "checkpoint": checkpoint_url,
             "evaluate": to_mapping(config),
-            "sampler": to_mapping(sampler),
+            "sampler": {"kind": assembly.identity.values["sampler.kind"], **to_mapping(sampler)},
             "data": to_mapping(assembly.data),
             "seed": assembly.seed,
         }
     )
-    free = ("evaluate.gates", "evaluate.checkpoint", "data.stream.")
-    kept = {key: value for key, value in flat.items() if not key.startswith(free)}
-    return json.loads(json.dumps({**kept, **assembly.network()}))
+    network = assembly.network()
+    free = (*network.free, "evaluate.gates", "evaluate.checkpoint", "data.stream")
+    settings = {**masked(flat), **network.values}
+    return {key: value for key, value in settings.items() if not is_below(key, free)}
 
 
 def missed_gates(

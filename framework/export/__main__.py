@@ -7,6 +7,7 @@ The checkpoint itself says which model it is of: the overrides of training are n
 
 import json
 import math
+from collections.abc import Sequence
 
 from framework.checkpoint import Checkpoint, find_checkpoint
 from framework.config import RunConfig, entry, group_from_flat
@@ -25,7 +26,7 @@ def main(config: RunConfig) -> None:
     """Export and say where it lies, and who can load it."""
     chosen, terminal = config.export, Terminal()
     found = find_checkpoint(run_store(config.run).child("checkpoints"), chosen.checkpoint)
-    network, run = network_of(found), _run_of(found)
+    network, run = network_of(found, config.packages), _run_of(found)
     ending = "-weights" if chosen.weights == "weights" else ""
     if chosen.to is not None:
         to = Store(chosen.to)
@@ -43,15 +44,15 @@ def main(config: RunConfig) -> None:
     terminal.say(f"exported: {to.url}")
 
 
-def network_of(checkpoint: Checkpoint) -> Network:
+def network_of(checkpoint: Checkpoint, packages: Sequence[str] = ()) -> Network:
     """The model that a checkpoint was trained with; ValueError where it does not say, or where its
     config is of another version of the code."""
     flat = checkpoint.meta.get("config")
     if not flat:
         raise ValueError(f"{checkpoint.store.url}: its meta.json has no config of a run")
-    codec, text = (built(group_from_flat(flat, name)) for name in ("codec", "text"))
+    codec, text = (built(group_from_flat(flat, name, packages)) for name in ("codec", "text"))
     return Network(
-        group_from_flat(flat, "model"),
+        group_from_flat(flat, "model", packages),
         codec.channels,
         getattr(text, "vocab_size", None),
         getattr(text, "dim", None),

@@ -35,7 +35,8 @@ def card(facts: Facts, layout: FolderFormat) -> str:
     averaged = "moving average (EMA) of the weights" if facts.weights == "ema" else "weights"
     rows = {
         "Model": f"{kind}, {facts.num_parameters:,} parameters, float32",
-        "Network": f"`{facts.config.get('model._target_')}`",
+        "Network": f"`{facts.config.get('choices.model')}`, "
+        f"of the kind `{facts.config.get('model.kind')}`",
         "Weights": f"{averaged} after {facts.step:,} steps",
         "Data": f"manifest `{facts.manifest_fingerprint or _NOT_KNOWN}`, "
         f"plan `{facts.plan_digest or _NOT_KNOWN}`",

@@ -3,7 +3,6 @@
 from framework.assembly import Assembly
 from framework.config import RunConfig, entry
 from framework.logs import RunLog
-from framework.mapping import flatten, to_mapping
 from framework.terminal import Terminal
 from framework.train.estimate import estimate
 from framework.train.identity import claim
@@ -21,7 +20,7 @@ def job_of(config: RunConfig) -> Job:
         engine=config.engine,
         tracking=config.tracking,
         cluster=config.cluster,
-        identity=flatten(to_mapping(config)),
+        identity=config.identity,
         profile=config.profile,
     )
 

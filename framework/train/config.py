@@ -3,6 +3,7 @@
 import re
 from dataclasses import dataclass, field
 
+from framework.mapping import free
 from framework.train.guard import GuardConfig
 from framework.train.profiler import ProfileConfig
 from model_zoo.layers import CheckpointPolicy
@@ -13,9 +14,9 @@ class RunSection:
     """A run's identity: `name` below `root` (any URL) is where it lives and resumes from."""
 
     name: str
-    root: str = "runs"
+    root: str = free("runs")
     seed: int = 0
-    fresh: bool = False  # start over beside an older run of this name
+    fresh: bool = free(False)  # start over beside an older run of this name
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._=,+-]*", self.name):
@@ -48,17 +49,17 @@ class TrainConfig:
 
     steps: int = 1000
     checkpoint_every: int = 100
-    keep_checkpoints: int = 3
-    milestone_every: int = 0  # checkpoints of steps that it divides are kept for ever; 0 for none
-    log_every: int = 10
-    max_lost_share: float = 0.2  # of a window's tokens, in clips that could not be read
-    activation_checkpointing: CheckpointPolicy = field(default_factory=CheckpointPolicy)
+    keep_checkpoints: int = free(3)
+    milestone_every: int = free(0)  # checkpoints of steps that it divides are kept; 0 for none
+    log_every: int = free(10)
+    max_lost_share: float = free(0.2)  # of a window's tokens, in clips that could not be read
+    activation_checkpointing: CheckpointPolicy = free(of=CheckpointPolicy)
     deterministic: bool = False  # torch's deterministic algorithms, where they exist
-    peak_tflops: float | None = None  # of one device, dense, in the run's dtype: gives MFU
+    peak_tflops: float | None = free(None)  # of one device, dense, in the run's dtype: gives MFU
     guard: GuardConfig = field(default_factory=GuardConfig)
-    hang_timeout_s: float = 900.0  # a rank that ends no step for so long is restarted; 0 for never
-    try_worst_packs: bool = True  # before step 0: what would run out of memory does so at once
-    profiler: ProfileConfig = field(default_factory=ProfileConfig)  # with profile=true
+    hang_timeout_s: float = free(900.0)  # a rank that ends no step so long is restarted; 0: never
+    try_worst_packs: bool = free(True)  # before step 0: what would run out of memory does so then
+    profiler: ProfileConfig = free(of=ProfileConfig)  # with profile=true
 
     def __post_init__(self) -> None:
         for name in ("steps", "checkpoint_every", "keep_checkpoints", "log_every"):

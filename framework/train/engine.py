@@ -6,7 +6,7 @@ Gradients are averaged over ranks and summed over the calls, so that a caller pa
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -85,6 +85,44 @@ class Engine(Protocol):
 
     def weight_norm(self) -> float:
         """L2 norm of all float32 weights as one vector, on every rank."""
+        ...
+
+
+class OptimizerConfig(Protocol):
+    """What an engine wants of the config of an optimizer: AdamW's state and its own schedule."""
+
+    @property
+    def max_grad_norm(self) -> float:
+        """L2 norm over all gradients to clip to; 0 means no clipping."""
+
+    def lr_at(self, step: int, num_steps: int) -> float:
+        """The learning rate of step `step` (from 0) of a run of `num_steps` steps."""
+        ...
+
+    def build(self, named_parameters: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.AdamW:
+        """The optimizer; each of its groups has an `lr_scale`."""
+        ...
+
+
+class EngineConfig(Protocol):
+    """What a run wants of the config of an engine of any kind."""
+
+    @property
+    def dtype(self) -> str:
+        """One of DTYPES: what the model computes in."""
+
+    @property
+    def ema_decay(self) -> float:
+        """Of the moving average of the weights; 0 keeps none."""
+
+    def build(
+        self,
+        model_factory: Callable[[], nn.Module],
+        optimizer: OptimizerConfig,
+        num_steps: int,
+        device: torch.device,
+    ) -> Engine:
+        """The engine at step 0 of `num_steps`; `model_factory` seeds itself, builds on the CPU."""
         ...
 
 

@@ -8,23 +8,41 @@ next generation (`name~2`, `name~3`, …), which is the one that later commands 
 import contextlib
 import json
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import framework
+from framework.mapping import differences, is_below
+from framework.run_format import FORMAT, check_format
 from framework.storage import Store
 from framework.train.config import RunSection
 
-# What may change between two starts of one run: where it computes and who watches, not what it is.
-FREE_KEYS = (
-    "cluster.", "tracking.", "evaluate.", "sample.", "sampler.", "run.fresh", "run.root",
-    "train.log_every", "train.keep_checkpoints", "data.stream.", "data.exclude", "data.encode.",
-    "hardware.", "estimate", "export.", "profile", "train.profiler.",
-    "train.milestone_every", "train.hang_timeout_s", "train.try_worst_packs",
-    "train.max_lost_share",
-)  # fmt: skip
+
+@dataclass(frozen=True)
+class Identity:
+    """A run's config as it is kept and compared: flat, kinds by name, passwords masked.
+
+    `free`: keys, and folders of keys, that may differ between two starts of one run.
+    """
+
+    values: Mapping[str, Any]
+    free: Sequence[str] = ()
+
+    def differences(self, there: Mapping[str, Any]) -> list[str]:
+        """What keeps a run of the config `there` from being this one, a line a key."""
+        return differences(there, self.values, self.free)
+
+    def part(self, *groups: str) -> "Identity":
+        """The same of some groups alone."""
+        values = {key: value for key, value in self.values.items() if is_below(key, groups)}
+        return Identity(values, [key for key in self.free if is_below(key, groups)])
+
+    def parameters(self) -> dict[str, Any]:
+        """For a person who looks for a run: a choice stands under its group, `model: dit_s`."""
+        return {key.removeprefix("choices."): value for key, value in self.values.items()}
 
 
 def generations(run: RunSection) -> list[str]:
@@ -42,13 +60,16 @@ def generations(run: RunSection) -> list[str]:
 def run_store(run: RunSection) -> Store:
     """The folder of the newest generation of this run; it need not exist yet."""
     names = generations(run)
-    return Store(run.root).child(names[-1] if names else run.name)
+    store = Store(run.root).child(names[-1] if names else run.name)
+    if names:
+        read_config(store)
+    return store
 
 
-def claim(run: RunSection, config: dict[str, Any]) -> Store:
+def claim(run: RunSection, identity: Identity) -> Store:
     """The folder to train in; writes `config.json` there at a first start.
 
-    `config` is flat. ValueError where a run of this name has another config.
+    ValueError where a run of this name has another config.
     """
     names = generations(run)
     if run.fresh and names:
@@ -57,10 +78,10 @@ def claim(run: RunSection, config: dict[str, Any]) -> Store:
         name = names[-1] if names else run.name
     store = Store(run.root).child(name)
     if name not in names:
-        store.write("config.json", json.dumps(config, indent=1, sort_keys=True).encode())
+        content = {"format": FORMAT, "config": dict(identity.values)}
+        store.write("config.json", json.dumps(content, indent=1, sort_keys=True).encode())
         return store
-    differing = differences(json.loads(store.read("config.json")), config)
-    if differing:
+    if differing := identity.differences(read_config(store)):
         raise ValueError(
             f"run.name={run.name!r} exists in {store.url} with another config:\n  "
             + "\n  ".join(differing)
@@ -70,8 +91,15 @@ def claim(run: RunSection, config: dict[str, Any]) -> Store:
     return store
 
 
+def read_config(run: Store) -> dict[str, Any]:
+    """The flat config that a run was begun with; ValueError where it is of another format."""
+    content = json.loads(run.read("config.json"))
+    check_format(content.get("format"), run.url)
+    return dict(content["config"])
+
+
 @contextlib.contextmanager
-def giving_back(run: Store) -> Iterator[None]:
+def name_freed_if_refused(run: Store) -> Iterator[None]:
     """A run whose data cannot be planned, by a ValueError, has not begun: its name is free again.
 
     What was there before (a plan, a checkpoint) keeps the name.
@@ -85,15 +113,6 @@ def giving_back(run: Store) -> Iterator[None]:
             run.delete("manifest.json")
             run.delete("config.json")
         raise
-
-
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """One line for each key that differs and matters."""
-    return [
-        f"{key}: {old.get(key)!r} there, {new.get(key)!r} here"
-        for key in sorted({*old, *new})
-        if old.get(key) != new.get(key) and not key.startswith(FREE_KEYS)
-    ]
 
 
 def code_version() -> str:

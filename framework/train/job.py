@@ -35,7 +35,7 @@ from framework.train.attempts import Attempts
 from framework.train.config import RunSection, TrainConfig
 from framework.train.entry import start
 from framework.train.fence import Fence
-from framework.train.identity import code_version, giving_back
+from framework.train.identity import Identity, code_version, name_freed_if_refused
 from framework.train.notice import NoticingTorchConfig
 from framework.train.preflight import check_driver, refusal, show_checks
 from framework.train.progress import Line, Stopped
@@ -57,7 +57,7 @@ class Job:
     engine: Any
     tracking: Any
     cluster: ClusterConfig
-    identity: dict[str, Any]  # the whole run config, flat
+    identity: Identity  # of the whole run config
     profile: bool = False
 
     def check(self) -> None:
@@ -93,7 +93,7 @@ def train(job: Job, show: Callable[[Line], None], store: Store) -> Result:
     show({"stage": "planning"})
     latest = Checkpoints(store.child("checkpoints")).latest()
     first = latest.step if latest is not None and latest.step < job.train.steps else 0
-    with giving_back(store):
+    with name_freed_if_refused(store):
         plan = job.assembly.make_plan(store, first + 1, lambda text: show({"text": text}))
     show({"text": plan.epochs_of(job.train.steps)})
     if latest is not None:
@@ -224,7 +224,7 @@ def _preflight(
         object_store_mb=object_store_mb(),
     )
     show_checks(checks, "driver", lambda text: show({"text": text}))
-    tracker.log_params(job.identity)
+    tracker.log_params(job.identity.parameters())
     tracker.set_tags({"longtake.run": store.url, "longtake.code": code_version()})
     if why := refusal(checks):
         tracker.close("FAILED", timeout_s=5)

@@ -16,13 +16,14 @@ from framework.storage import Store
 from framework.train.ema import check_decay, update_ema
 from framework.train.engine import (
     DTYPES,
+    OptimizerConfig,
     Progress,
     StepStats,
     checkpoint_group,
     create_adam_state,
     sum_of_squares,
 )
-from framework.train.optimizer import AdamWConfig, set_lr
+from framework.train.optimizer import set_lr
 from framework.train.snapshot import Snapshot
 
 
@@ -44,7 +45,7 @@ class PlainConfig:
     def build(
         self,
         model_factory: Callable[[], nn.Module],
-        optimizer: AdamWConfig,
+        optimizer: OptimizerConfig,
         num_steps: int,
         device: torch.device,
     ) -> "PlainEngine":
@@ -56,7 +57,7 @@ class PlainEngine:
     """See `framework.train.engine.Engine`."""
 
     def __init__(
-        self, config: PlainConfig, model: nn.Module, optimizer: AdamWConfig, num_steps: int
+        self, config: PlainConfig, model: nn.Module, optimizer: OptimizerConfig, num_steps: int
     ) -> None:
         self.config = config
         self.model = model

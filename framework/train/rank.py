@@ -19,6 +19,7 @@ from framework.logs import RunLog
 from framework.storage import Store
 from framework.train.config import TrainConfig
 from framework.train.fence import Fence
+from framework.train.identity import Identity
 
 T = TypeVar("T")
 
@@ -38,7 +39,7 @@ class WorkerArgs:
     plan_digest: str
     shards_url: str
     first_shard: str
-    identity: dict[str, Any]  # the run's config, kept in each checkpoint
+    identity: Identity  # kept in each checkpoint
     code_version: str
     threads: int
     profile: bool

@@ -282,7 +282,7 @@ class Session:
             "step_in_epoch": step,
             "plan_digest": args.plan_digest,
             "dp_size": self.rank.dp_size,
-            "config": args.identity,
+            "config": dict(args.identity.values),
             "code_version": args.code_version,
             "tracker_run_id": self.tracker.run_id,
             "speed": self.reporter.average_speed(),

@@ -33,11 +33,13 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.overrides import TorchFunctionMode
 
+from framework.mapping import free
 from framework.sharded_state import Piece, load_state, persistent_buffers, save_state, shapes_of
 from framework.storage import Store
 from framework.train.ema import check_decay, update_ema
 from framework.train.engine import (
     DTYPES,
+    OptimizerConfig,
     Progress,
     StepStats,
     checkpoint_group,
@@ -45,7 +47,7 @@ from framework.train.engine import (
     silence_renamed_collectives,
     sum_of_squares,
 )
-from framework.train.optimizer import AdamWConfig, set_lr
+from framework.train.optimizer import set_lr
 from framework.train.plain import PlainConfig, PlainEngine
 from framework.train.snapshot import Snapshot
 from framework.train.zero_stages import Stage, Stage1And2, Stage3
@@ -76,15 +78,15 @@ class ZeroConfig:
     does not hold on to gathered weights; for large models without activation checkpointing.
     """
 
-    stage: int = 3
+    stage: int = free(3)
     dtype: str = "fp32"
     ema_decay: float = 0.999
-    offload: str = "none"
-    bucket_numel: int | None = None
-    max_live_numel: int | None = None
-    persistence_threshold: int = 0
-    overlap_comm: bool = True
-    memory_efficient_linear: bool = False
+    offload: str = free("none")
+    bucket_numel: int | None = free(None)
+    max_live_numel: int | None = free(None)
+    persistence_threshold: int = free(0)
+    overlap_comm: bool = free(True)
+    memory_efficient_linear: bool = free(False)
 
     def __post_init__(self) -> None:
         if self.stage not in range(4):
@@ -107,7 +109,7 @@ class ZeroConfig:
     def build(
         self,
         model_factory: Callable[[], nn.Module],
-        optimizer: AdamWConfig,
+        optimizer: OptimizerConfig,
         num_steps: int,
         device: torch.device,
     ) -> "ZeroEngine | PlainEngine":
@@ -155,7 +157,7 @@ class ZeroEngine:
         self,
         config: ZeroConfig,
         model_factory: Callable[[], nn.Module],
-        optimizer: AdamWConfig,
+        optimizer: OptimizerConfig,
         num_steps: int,
         device: torch.device,
     ) -> None:

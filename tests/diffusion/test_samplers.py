@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from framework.diffusion.samplers import SamplerConfig, euler, heun
+from framework.diffusion.samplers import EulerConfig, HeunConfig, euler, heun
 from framework.diffusion.schedule import sampling_grid
 
 STD = torch.tensor([0.4, 1.0, 2.5], dtype=torch.float64)
@@ -38,18 +38,16 @@ def test_one_euler_step_is_the_estimate_from_pure_noise():
     torch.testing.assert_close(euler(gaussian, noise, [1.0, 0.0]), gaussian(noise, 1.0))
 
 
-@pytest.mark.parametrize("name", ["euler", "heun"])
+@pytest.mark.parametrize("config", [EulerConfig, HeunConfig])
 @pytest.mark.parametrize("shift", [1.0, 3.0])
-def test_a_point_of_data_is_reached_exactly(name, shift):
+def test_a_point_of_data_is_reached_exactly(config, shift):
     point = torch.randn(6, 3)
-    sampled = SamplerConfig(name=name, num_steps=5, shift=shift).sample(
-        lambda x, t: point, torch.randn(6, 3)
-    )
+    sampled = config(num_steps=5, shift=shift).sample(lambda x, t: point, torch.randn(6, 3))
     torch.testing.assert_close(sampled, point, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["euler", "heun"])
-def test_given_tokens_stay_and_are_seen_clean(name):
+@pytest.mark.parametrize("config", [EulerConfig, HeunConfig])
+def test_given_tokens_stay_and_are_seen_clean(config):
     given = torch.randn(6, 3)
     mask = torch.tensor([True, True, False, False, False, False])
 
@@ -57,20 +55,19 @@ def test_given_tokens_stay_and_are_seen_clean(name):
         assert torch.equal(x[:2], given[:2])
         return x * 0.5
 
-    sampled = SamplerConfig(name=name, num_steps=4).sample(denoise, torch.randn(6, 3), given, mask)
+    sampled = config(num_steps=4).sample(denoise, torch.randn(6, 3), given, mask)
     assert torch.equal(sampled[:2], given[:2])
     assert not torch.isclose(sampled[2:], given[2:]).any()
 
 
 def test_given_tokens_need_their_mask():
     with pytest.raises(ValueError, match="go together"):
-        SamplerConfig().sample(lambda x, t: x, torch.zeros(1, 3), torch.zeros(1, 3))
+        EulerConfig().sample(lambda x, t: x, torch.zeros(1, 3), torch.zeros(1, 3))
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"name": "rk45"}, "name='rk45'"),
         ({"num_steps": 0}, "num_steps=0"),
         ({"shift": -1.0}, r"shift=-1\.0"),
         ({"guidance_scale": -0.5}, r"guidance_scale=-0\.5"),
@@ -78,4 +75,4 @@ def test_given_tokens_need_their_mask():
 )
 def test_bad_configs_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
-        SamplerConfig(**changes)
+        EulerConfig(**changes)

@@ -16,7 +16,6 @@ from framework.data.manifest import read_manifest
 from framework.data.shards import write_shards
 from framework.data.synthetic import SyntheticConfig, shard_samples
 from framework.evaluate.run import Evaluation, evaluated, missed_gates
-from framework.mapping import flatten, to_mapping
 from framework.sharded_state import save_state, shapes_of
 from framework.storage import Store
 
@@ -53,7 +52,7 @@ def run(config: RunConfig, tmp_path: Path) -> Store:
     state = {f"weights.{name}": w for name, w in weights.items()}
     state |= {f"ema.{name}": w + 1 for name, w in weights.items()}
     save_state(state, shapes_of(model), checkpoints.begin(100))
-    checkpoints.commit(100, {"config": flatten(to_mapping(config))})
+    checkpoints.commit(100, {"config": dict(config.identity.values)})
     return run
 
 

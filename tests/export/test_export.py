@@ -21,6 +21,7 @@ from framework.export.card import Facts
 from framework.export.config import ExportConfig
 from framework.export.folder import UNFINISHED, export
 from framework.mapping import flatten, to_mapping, unflatten
+from framework.run_format import FORMAT
 from framework.sharded_state import save_state, shapes_of
 from framework.storage import Store
 from model_zoo.convert import WEIGHTS
@@ -206,8 +207,8 @@ def config(small_line: list[str]) -> RunConfig:
 def trained(config: RunConfig, tmp_path: Path) -> Store:
     """The run of `config` with checkpoints of steps 4 and 8, as training leaves it."""
     run = Store(tmp_path / "runs/small")
-    flat = json.loads(json.dumps(flatten(to_mapping(config))))
-    run.write("config.json", json.dumps(flat).encode())
+    flat = json.loads(json.dumps(dict(config.identity.values)))
+    run.write("config.json", json.dumps({"format": FORMAT, "config": flat}).encode())
     run.write("manifest.json", b'{"fingerprint": "5ec0ffee"}')
     network = Network(config.model, config.codec.build().channels, 258, None)
     for step in (4, 8):
@@ -297,7 +298,7 @@ def test_options_are_checked(option: str) -> None:
 def test_a_group_comes_back_from_a_flat_config(config: RunConfig) -> None:
     mapping = to_mapping(config.model)
     assert unflatten(flatten(mapping)) == mapping
-    flat = json.loads(json.dumps(flatten(to_mapping(config))))
+    flat = json.loads(json.dumps(dict(config.identity.values)))
     assert group_from_flat(flat, "model") == config.model
     with pytest.raises(ValueError, match=r"model\.widht: no such key"):
         group_from_flat(flat | {"model.widht": 3}, "model")

@@ -78,8 +78,7 @@ def user_code(tmp_path: Path, start: Callable[..., Process]) -> UserCode:
     for name in ("framework", "model_zoo", "conf"):
         shutil.copytree(root / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     (folder / "model_zoo/faulty.py").write_text(FAULTY_MODEL)
-    yaml = (folder / "conf/model/dit_xs.yaml").read_text()
-    yaml = yaml.replace("model_zoo.dit.DiTConfig", "model_zoo.faulty.FaultyConfig")
+    yaml = "defaults: [dit_xs, _self_]\n_target_: model_zoo.faulty.FaultyConfig\n"
     (folder / "conf/model/faulty.yaml").write_text(yaml)
     return UserCode(folder, start)
 

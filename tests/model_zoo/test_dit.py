@@ -25,7 +25,7 @@ SIZES = {
 
 def load(name: str, conf) -> DiTConfig:
     options = yaml.safe_load((conf / "model" / f"{name}.yaml").read_text())
-    assert options.pop("_target_") == "model_zoo.dit.DiTConfig"
+    assert options.pop("defaults") == ["dit"]
     return DiTConfig(**options | {"patch": tuple(options.get("patch", (1, 2, 2)))})
 
 
@@ -41,7 +41,7 @@ def test_parameter_counts(name, pytestconfig):
 
 def test_every_size_has_its_count(pytestconfig):
     paths = (pytestconfig.rootpath / "conf" / "model").glob("*.yaml")
-    names = {path.stem for path in paths if "model_zoo.dit.DiTConfig" in path.read_text()}
+    names = {path.stem for path in paths if "defaults: [dit]" in path.read_text()}
     assert names == set(SIZES)
 
 

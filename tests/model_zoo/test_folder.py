@@ -85,7 +85,9 @@ def test_every_model_of_conf_has_a_layout(pytestconfig) -> None:
         for network in NETWORKS.values()
     }
     for path in (pytestconfig.rootpath / "conf/model").glob("*.yaml"):
-        assert yaml.safe_load(path.read_text())["_target_"] in known, path.name
+        options = yaml.safe_load(path.read_text())
+        if "_target_" in options:  # the sizes of a kind lead to it by their defaults
+            assert options["_target_"] in known, path.name
 
 
 def test_the_kernel_of_attention_does_not_travel() -> None:

@@ -118,7 +118,7 @@ def test_the_largest_is_uvits_to_the_last_parameter():
 
 def test_the_small_size(pytestconfig) -> None:
     options = yaml.safe_load((pytestconfig.rootpath / "conf/model/uvit_xs.yaml").read_text())
-    assert options.pop("_target_") == "model_zoo.uvit.UViTConfig"
+    assert options.pop("defaults") == ["uvit"]
     with torch.device("meta"):
         model = UViTConfig(**options).build(144, ByteText.vocab_size, None)
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(1.96e6, abs=5e3)

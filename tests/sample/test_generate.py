@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from framework.data.views import Geometry
 from framework.diffusion.rectified_flow import RectifiedFlowConfig
-from framework.diffusion.samplers import SamplerConfig
+from framework.diffusion.samplers import EulerConfig, HeunConfig
 from framework.sample.generate import Prompt, generate
 from model_zoo.codecs.haar import HaarConfig
 from model_zoo.codecs.identity import IdentityConfig
@@ -53,12 +53,22 @@ class Mixer(nn.Module):
         return torch.cat(rows)
 
 
+SAMPLERS = {"euler": EulerConfig, "heun": HeunConfig}
+
+
 def run(
-    prompts, model=None, codec=CODEC, geometry=GEOMETRY, precondition=True, max_tokens=64, **sampler
+    prompts,
+    model=None,
+    codec=CODEC,
+    geometry=GEOMETRY,
+    precondition=True,
+    max_tokens=64,
+    name="euler",
+    **sampler,
 ):
     std = patch_std(codec.latent_std, geometry.patch)
     objective = RectifiedFlowConfig(precondition=precondition).build(std)
-    config = SamplerConfig(**{"num_steps": 4, **sampler})
+    config = SAMPLERS[name](**{"num_steps": 4, **sampler})
     return generate(
         Mixer() if model is None else model,
         objective,

@@ -1,0 +1,100 @@
+"""Names of kinds: one file states a class, a package adds its own, nothing else is built."""
+
+from pathlib import Path
+
+import pytest
+
+from framework.config import conf_dir
+from framework.kinds import Kinds, Package
+
+
+def write(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+TEAM_MODEL = '''
+from dataclasses import dataclass, field
+
+from model_zoo.dit import DiTConfig
+
+
+@dataclass(frozen=True)
+class WideConfig(DiTConfig):
+    """A DiT of a team's own."""
+
+    bold: bool = field(default=True, metadata={"free": True})
+'''
+
+
+@pytest.fixture
+def team(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A package outside of Longtake, with a model and YAML of its own; its name."""
+    name = f"team_{tmp_path.name.replace('-', '_')}"
+    write(tmp_path / name / "__init__.py", "")
+    write(tmp_path / name / "wide.py", TEAM_MODEL)
+    write(
+        tmp_path / name / "conf/model/wide.yaml",
+        f"defaults: [dit_xs, _self_]\n_target_: {name}.wide.WideConfig\ndepth: 2\n",
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return name
+
+
+def test_a_team_adds_a_model_without_a_fork(team: str) -> None:
+    from framework.config import compose, from_flat, group_from_flat
+
+    overrides = ["experiment=demo", "model=wide", f"packages={team}", "model.bold=false"]
+    config = compose(overrides)
+    assert (config.choices["model"], config.kinds["model"]) == ("wide", "wide")
+    assert type(config.model).__name__ == "WideConfig"
+    assert (config.model.depth, config.model.bold) == (2, False)
+    values = config.identity.values
+    assert "model.bold" in config.identity.free
+    assert from_flat(values) == config
+    assert group_from_flat(values, "model", [team]) == config.model
+    with pytest.raises(ValueError, match=r"model.kind='wide' is not known; there are dit, "):
+        group_from_flat(values, "model")  # a stranger's config names no code
+
+
+def test_its_yaml_may_lie_elsewhere(team: str, tmp_path: Path) -> None:
+    from framework.config import compose
+
+    (tmp_path / team / "conf").rename(tmp_path / "their yaml")
+    with pytest.raises(ValueError, match="is no folder"):
+        Package.parse(team)
+    config = compose(["model=wide", f"packages=['{team}:{tmp_path}/their yaml']"])
+    assert config.model.depth == 2
+
+
+def test_two_files_may_not_state_one_class(team: str, tmp_path: Path) -> None:
+    package = Package.parse(team)
+    write(tmp_path / team / "conf/model/again.yaml", f"_target_: {team}.wide.WideConfig\n")
+    with pytest.raises(ValueError, match="another file does"):
+        Kinds(conf_dir(), [package]).config_class("model", "wide")
+
+
+@pytest.mark.parametrize(
+    ("target", "sentence"),
+    [
+        ("os.system", "only names under framework. and model_zoo. are built"),
+        ("model_zoo.dit.DiT", "not a frozen config dataclass"),
+        ("model_zoo.nothing.Config", "No module named"),
+        ("model_zoo.dit.Nothing", "no attribute"),
+    ],
+)
+def test_only_a_frozen_dataclass_of_ours_is_built(
+    tmp_path: Path, target: str, sentence: str
+) -> None:
+    write(tmp_path / "conf/model/x.yaml", f"_target_: {target}\n")
+    with pytest.raises(ValueError, match=sentence):
+        Kinds(tmp_path / "conf").config_class("model", "x")
+
+
+def test_each_kind_of_conf_can_be_built() -> None:
+    kinds = Kinds(conf_dir())
+    for folder in conf_dir().iterdir():
+        for path in folder.glob("*.yaml") if folder.is_dir() else ():
+            if "_target_" in path.read_text():
+                assert kinds.config_class(folder.name, path.stem), path
