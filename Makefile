@@ -25,7 +25,7 @@ $(READY): requirements.lock pyproject.toml
 # Train and ZeRO-3, samples, evaluation, MLflow. STORE=s3 keeps all of it in an S3 server, which is
 # started for it.
 ifeq ($(STORE),s3)
-AROUND := $(BIN)/python -m framework.local_s3 longtake runs/s3
+AROUND := $(BIN)/python -m framework.demo.local_s3 longtake runs/s3
 ROOT := run.root=s3://longtake
 else ifneq ($(STORE),)
 $(error STORE=$(STORE): there is STORE=s3, or none for local files)

@@ -23,7 +23,7 @@ from torch import distributed
 
 from framework.assembly import Assembly
 from framework.config import compose
-from framework.train.worst import describe, worst_packs
+from framework.train.rank.largest_packs import describe, worst_packs
 
 WORLD, STEPS = 2, 2
 DEFAULTS = (

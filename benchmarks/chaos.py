@@ -52,8 +52,8 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]
 
 from benchmarks.real_run import LOOK_EVERY_S, RealRun, make_data
-from framework.local_s3 import s3_server
-from framework.train.report import read_ledger
+from framework.demo.local_s3 import s3_server
+from framework.run.ledger import read_ledger
 
 NUM_CLIPS = 960  # about 250 steps an epoch
 MAX_STEPS_PER_S = 10  # more than it makes; the run must not come to its last step
@@ -63,7 +63,7 @@ LINE = [
     "experiment=demo",
     "~evaluate.gates",
     "data.max_tokens=192",
-    "model.width=32",
+    "model.hidden_size=32",
     "model.ffn=64",
     "model.num_heads=2",
     "model.depth=2",

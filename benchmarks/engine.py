@@ -38,11 +38,11 @@ from pathlib import Path
 
 from benchmarks.engine_ranks import Work, run_ranks
 from benchmarks.real_run import RealRun, make_data
-from framework.local_s3 import s3_server
+from framework.demo.local_s3 import s3_server
 
 Figures = dict[str, float]
 BASE = ["experiment=demo", "model=dit_s", "~evaluate.gates"]
-QUICK = [*BASE, "model.width=64", "model.ffn=128", "model.num_heads=2", "model.depth=2"]
+QUICK = [*BASE, "model.hidden_size=64", "model.ffn=128", "model.num_heads=2", "model.depth=2"]
 SEED = 0  # of which rank is killed
 
 

@@ -28,12 +28,12 @@ from torch import distributed, nn
 from framework.assembly import Assembly
 from framework.cluster import KEEP_MEMORY
 from framework.config import compose
-from framework.data.collate import assemble, to_batch
+from framework.data.stream.collate import assemble, to_batch
 from framework.storage import Store
-from framework.train.engine import Engine
+from framework.train.engine.plain import PlainConfig
+from framework.train.engine.protocol import Engine
+from framework.train.engine.zero import ZeroConfig
 from framework.train.loop import StepInput, train
-from framework.train.plain import PlainConfig
-from framework.train.zero import ZeroConfig
 
 CPU = torch.device("cpu")
 
@@ -181,7 +181,7 @@ def time_saves(work: Work, rank: int, world: int) -> Any:
 def _begin_save(
     thread: ThreadPoolExecutor, engine: Engine, store: Store, pending: list[Future[None]]
 ) -> None:
-    """As `framework.train.commit.Committer.save` does it."""
+    """As `framework.train.rank.commit.Committer.save` does it."""
     pending.append(thread.submit(engine.snapshot().write, store))
 
 

@@ -11,7 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from framework.data.shards import write_shards
+from framework.data.shards.tar import write_shards
 from framework.storage import Store
 from framework.video import decode, encode, probe
 

@@ -18,8 +18,10 @@ from collections import Counter
 import numpy as np
 from PIL import Image
 
-from framework.data.index import IndexConfig, index_shard, write_index
-from framework.data.shards import read_members
+from framework.data.config import IndexConfig
+from framework.data.index.job import write_index
+from framework.data.index.shard import index_shard
+from framework.data.shards.tar import read_members
 from framework.storage import Store
 from framework.video import VideoError, decode, encode
 

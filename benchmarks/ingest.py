@@ -43,18 +43,20 @@ from PIL import Image
 from torch import Tensor
 
 from framework.cluster import ClusterConfig, connect
-from framework.data.collate import VideoReader
-from framework.data.config import StreamConfig
-from framework.data.cost import CostModel
-from framework.data.index import IndexConfig, index_shard, write_index
-from framework.data.manifest import clip_id, read_manifest
-from framework.data.plan import Plan, make_epoch
-from framework.data.recipe import Recipe
-from framework.data.shards import write_shards
-from framework.data.stream import open_stream
-from framework.data.views import Geometry, ViewConfig
-from framework.local_s3 import s3_server
-from framework.networks import CaptionEncoder, FrameEncoder, Patchifier, TextEmbedder, Tokenizer
+from framework.data.config import IndexConfig, StreamConfig
+from framework.data.index.job import write_index
+from framework.data.index.shard import index_shard
+from framework.data.manifest.table import clip_id, read_manifest
+from framework.data.plan.cost import CostModel
+from framework.data.plan.planner import make_epoch
+from framework.data.plan.recipe import Recipe
+from framework.data.plan.store import Plan
+from framework.data.plan.views import Geometry, ViewConfig
+from framework.data.shards.tar import write_shards
+from framework.data.stream.collate import VideoReader
+from framework.data.stream.stream import open_stream
+from framework.demo.local_s3 import s3_server
+from framework.encoders import CaptionEncoder, FrameEncoder, Patchifier, TextEmbedder, Tokenizer
 from framework.storage import Store
 from framework.video import decode, encode
 from model_zoo.codecs.identity import IdentityConfig

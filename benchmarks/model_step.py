@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from benchmarks.packing import RECIPE, mixture
 from framework.batch import PackedBatch
-from framework.data.packing import Packer, PackLimits
-from framework.data.views import choose_views
+from framework.data.plan.packing import Packer, PackLimits
+from framework.data.plan.views import choose_views
 from model_zoo.convert import from_wan, wan_shape
 from model_zoo.flops import forward_flops
 from model_zoo.patchify import patchify
@@ -57,17 +57,17 @@ def _scaled(grid: Grid) -> Grid:
 class Clips:
     """The clips of a pack, for all three."""
 
-    def __init__(self, grids: list[Grid], patch: Grid, seed: int) -> None:
+    def __init__(self, grids: list[Grid], patch_size: Grid, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
         lengths = torch.randint(16, 78, (len(grids),), generator=generator).tolist()
         self.grids = grids
         self.latents = [
-            torch.randn(CHANNELS, *(n * p for n, p in zip(grid, patch, strict=True)))
+            torch.randn(CHANNELS, *(n * p for n, p in zip(grid, patch_size, strict=True)))
             for grid in grids
         ]
         self.texts = [torch.randn(length, TEXT_DIM) for length in lengths]
         self.t = torch.rand(len(grids), generator=generator)
-        self.patch = patch
+        self.patch_size = patch_size
 
     @property
     def num_tokens(self) -> int:
@@ -77,7 +77,7 @@ class Clips:
     def packed(self) -> PackedBatch:
         """As our model takes them."""
         num = len(self.grids)
-        tokens = torch.cat([patchify(clip, self.patch) for clip in self.latents])
+        tokens = torch.cat([patchify(clip, self.patch_size) for clip in self.latents])
         return PackedBatch(
             tokens=tokens,
             grid=torch.tensor(self.grids, dtype=torch.int32),
@@ -148,11 +148,11 @@ def main() -> None:
         "one by one": lambda clips: one_by_one(wan, clips),
     }
     packs = [
-        Clips(grids, shape.config.patch, seed)
+        Clips(grids, shape.config.patch_size, seed)
         for seed, grids in enumerate(packs_of_grids(options.packs))
     ]
     for run in contenders.values():  # the first call of each allocates
-        run(Clips([(2, 4, 4)], shape.config.patch, 0))
+        run(Clips([(2, 4, 4)], shape.config.patch_size, 0))
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     print(
         f"{'pack':>4}{'clips':>7}{'tokens':>8}{'padded to':>11}"

@@ -20,10 +20,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pyarrow as pa
 
-from framework.data.cost import CostModel
-from framework.data.packing import Packer
-from framework.data.plan import Recipe, deal_steps, make_epoch
-from framework.data.views import Geometry, ViewConfig, choose_views
+from framework.data.plan.cost import CostModel
+from framework.data.plan.packing import Packer
+from framework.data.plan.planner import make_epoch
+from framework.data.plan.recipe import Recipe
+from framework.data.plan.views import Geometry, ViewConfig, choose_views
+from framework.data.plan.writer import deal_steps
 from framework.seeding import hash64_array
 from framework.storage import Store
 

@@ -18,8 +18,8 @@ from dataclasses import dataclass, replace
 import pyarrow as pa
 
 from benchmarks.packing import RECIPE, mixture
-from framework.data.manifest_writer import PART_ROWS
-from framework.data.plan import make_epoch
+from framework.data.manifest.writer import PART_ROWS
+from framework.data.plan.planner import make_epoch
 from framework.storage import Store
 
 

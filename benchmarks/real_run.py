@@ -17,9 +17,11 @@ from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
 
-from framework.checkpoint import Checkpoints
-from framework.data.index import IndexConfig, index_shard, write_index
-from framework.data.synthetic import SyntheticConfig, write_dataset
+from framework.data.config import IndexConfig, SyntheticConfig
+from framework.data.index.job import write_index
+from framework.data.index.shard import index_shard
+from framework.demo.clips.moving_shapes import write_dataset
+from framework.run.checkpoint import Checkpoints
 from framework.storage import Store
 
 LOOK_EVERY_S = 0.1
@@ -109,7 +111,9 @@ class RealRun:
         if path is None:
             return
         with path.open("rb") as file:
-            if file.seek(0, os.SEEK_END) < self._offset:  # it started over, see framework.journal
+            if (
+                file.seek(0, os.SEEK_END) < self._offset
+            ):  # it started over, see framework.tracking.journal
                 self._offset = 0
             file.seek(self._offset)
             data = file.read()

@@ -14,10 +14,12 @@ import time
 from framework.assembly import Assembly
 from framework.cluster import ClusterConfig, connect
 from framework.config import compose
-from framework.data.index import IndexConfig, index_shard, write_index
-from framework.data.plan import Plan
-from framework.data.stream import open_stream
-from framework.data.synthetic import SyntheticConfig, write_dataset
+from framework.data.config import IndexConfig, SyntheticConfig
+from framework.data.index.job import write_index
+from framework.data.index.shard import index_shard
+from framework.data.plan.store import Plan
+from framework.data.stream.stream import open_stream
+from framework.demo.clips.moving_shapes import write_dataset
 from framework.storage import Store
 
 TURNS = 5

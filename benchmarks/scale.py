@@ -27,13 +27,14 @@ from benchmarks.ingest import FPS, HEIGHT, NUM_FRAMES, WIDTH, render
 from benchmarks.packing import RECIPE, mixture
 from framework.batch import ReadStats
 from framework.cluster import ClusterConfig, connect
-from framework.data.collate import ClipRead, ClipReader, VideoReader
 from framework.data.config import StreamConfig
-from framework.data.cost import CostModel
-from framework.data.plan import ClipPlan, Plan, make_epoch
-from framework.data.stream import open_stream, segment_steps
-from framework.data.views import Geometry, ViewConfig, choose_views
-from framework.networks import CaptionEncoder, TextEmbedder
+from framework.data.plan.cost import CostModel
+from framework.data.plan.planner import make_epoch
+from framework.data.plan.store import ClipPlan, Plan
+from framework.data.plan.views import Geometry, ViewConfig, choose_views
+from framework.data.stream.collate import ClipRead, ClipReader, VideoReader
+from framework.data.stream.stream import open_stream, segment_steps
+from framework.encoders import CaptionEncoder, TextEmbedder
 from framework.storage import Store
 from framework.video import decode, encode
 from model_zoo.text.byte import ByteTextConfig

@@ -13,18 +13,16 @@ import numpy as np
 import torch
 from torch import nn
 
-from framework.checkpoint import Checkpoint
-from framework.data.collate import ClipReader, LatentReader, VideoReader
 from framework.data.config import DataConfig
-from framework.data.cost import CostModel
-from framework.data.latents import Encoders, load_text
-from framework.data.manifest import Manifest, read_clip_ids, read_manifest
-from framework.data.plan import Plan, check_choice, make_epoch
-from framework.data.recipe import Recipe
-from framework.data.views import Geometry
-from framework.diffusion.objective import Objective
-from framework.mapping import differences
-from framework.networks import (
+from framework.data.encode.latents import Encoders, load_text
+from framework.data.manifest.table import Manifest, read_clip_ids, read_manifest
+from framework.data.plan.cost import CostModel
+from framework.data.plan.planner import check_choice, make_epoch
+from framework.data.plan.recipe import Recipe
+from framework.data.plan.store import Plan
+from framework.data.plan.views import Geometry
+from framework.data.stream.collate import ClipReader, LatentReader, VideoReader
+from framework.encoders import (
     CaptionEncoder,
     FrameEncoder,
     LatentDecoder,
@@ -33,8 +31,11 @@ from framework.networks import (
     Tokenizer,
     built,
 )
+from framework.mapping import differences
+from framework.objectives.objective import Objective
+from framework.run.checkpoint import Checkpoint
+from framework.run.identity import Identity
 from framework.storage import Store
-from framework.train.identity import Identity
 from model_zoo.flops import Work, cost_coefficients
 from model_zoo.patchify import patch_std
 from model_zoo.protocols import TextEncoder, VideoCodec
@@ -74,20 +75,20 @@ class Assembly:
         return built(self.text)
 
     @property
-    def patch(self) -> tuple[int, int, int]:
+    def patch_size(self) -> tuple[int, int, int]:
         """Latents (time, height, width) in one token."""
-        return self.model.patch
+        return self.model.patch_size
 
     @property
     def geometry(self) -> Geometry:
         """How frames become tokens; planner and reader share it."""
         codec = self.build_codec()
-        return Geometry(codec.temporal_stride, codec.spatial_stride, codec.causal, self.patch)
+        return Geometry(codec.temporal_stride, codec.spatial_stride, codec.causal, self.patch_size)
 
     @property
     def token_size(self) -> int:
         """P: values in one token."""
-        return self.build_codec().channels * int(np.prod(self.patch))
+        return self.build_codec().channels * int(np.prod(self.patch_size))
 
     def recipe(self) -> Recipe:
         """The plan's recipe, complete with the geometry and the run's seed."""
@@ -184,7 +185,7 @@ class Assembly:
         a checkpoint. weights: "ema" or "weights". ValueError where there is no such committed
         checkpoint, or where it was trained with another model, codec, text encoder or objective.
         """
-        from framework.checkpoint import find_checkpoint, load_weights
+        from framework.run.checkpoint import find_checkpoint, load_weights
 
         model, step = self.build_model().eval(), 0
         if checkpoint != "init":
@@ -213,12 +214,12 @@ class Assembly:
 
     def build_objective(self) -> Objective:
         """The objective, scaled by the codec's statistics."""
-        return self.objective.build(patch_std(self.build_codec().latent_std, self.patch))
+        return self.objective.build(patch_std(self.build_codec().latent_std, self.patch_size))
 
     def reader(self, shards_url: str) -> ClipReader:
         """Reads clips of a plan as tokens."""
         shards, exclude = Store(shards_url), self._excluded()
-        patchifier = Patchifier(self.patch)
+        patchifier = Patchifier(self.patch_size)
         if self.data.latents:
             return LatentReader(
                 shards=shards,

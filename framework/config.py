@@ -25,17 +25,17 @@ from omegaconf import DictConfig, OmegaConf
 
 from framework.cluster import ClusterConfig
 from framework.data.config import DataConfig
-from framework.diffusion.objective import ObjectiveConfig
 from framework.diffusion.samplers import SamplerConfig
 from framework.evaluate.config import EvaluateConfig
 from framework.export.config import ExportConfig
 from framework.kinds import Kinds, Package
 from framework.mapping import flatten, free, free_keys, masked, to_mapping, unflatten
+from framework.objectives.objective import ObjectiveConfig
+from framework.run.identity import Identity, RunSection
 from framework.sample.config import SampleConfig
-from framework.tracking import TrackerConfig
-from framework.train.config import HardwareConfig, RunSection, TrainConfig
-from framework.train.engine import EngineConfig, OptimizerConfig
-from framework.train.identity import Identity
+from framework.tracking.tracker import TrackerConfig
+from framework.train.config import HardwareConfig, TrainConfig
+from framework.train.engine.protocol import EngineConfig, OptimizerConfig
 from framework.typed import build, is_protocol
 from model_zoo.protocols import CodecConfig, ModelConfig, TextConfig
 

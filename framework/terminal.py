@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from typing import Any, TextIO
 
-from framework.logs import RunLog
+from framework.run.logs import RunLog
 
 
 def duration(seconds: float) -> str:

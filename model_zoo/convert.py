@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from model_zoo.dit import TIME_FEATURES, DiT, DiTConfig
+from model_zoo.models.dit import TIME_FEATURES, DiT, DiTConfig
 from model_zoo.text_stem import TextEmbeddingStem
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -58,7 +58,7 @@ class WanShape:
     @property
     def token_size(self) -> int:
         """Values in one patch."""
-        return self.channels * prod(self.config.patch)
+        return self.channels * prod(self.config.patch_size)
 
     def build(self) -> DiT:
         """The model, with weights of its own."""
@@ -81,11 +81,11 @@ def wan_shape(config: Mapping[str, Any]) -> WanShape:
             raise ValueError(f"{name}={config[name]!r}: only {values[-1]!r} can be converted")
     heads = config["num_attention_heads"]
     ours = DiTConfig(
-        width=heads * config["attention_head_dim"],
+        hidden_size=heads * config["attention_head_dim"],
         ffn=config["ffn_dim"],
         num_heads=heads,
         depth=config["num_layers"],
-        patch=tuple(config["patch_size"]),
+        patch_size=tuple(config["patch_size"]),
         qk_norm="width",
     )
     return WanShape(ours, config["in_channels"], config["text_dim"])
@@ -102,7 +102,7 @@ def wan_config(shape: WanShape) -> dict[str, Any]:
         raise ValueError(f"attention_span={ours.attention_span!r}: Wan has 'full'")
     return {
         "_class_name": "WanTransformer3DModel",
-        "patch_size": list(ours.patch),
+        "patch_size": list(ours.patch_size),
         "num_attention_heads": ours.num_heads,
         "attention_head_dim": ours.head_dim,
         "in_channels": shape.channels,
@@ -164,7 +164,7 @@ def wan_pieces(
 ) -> tuple[Tensor, ...]:
     """One tensor of ours as Wan has it, a piece for each name in `theirs` of `wan_names`."""
     if mine == "embed.weight":  # (D, P) -> (D, C, pt, ph, pw)
-        weight = tensor.unflatten(1, (*shape.config.patch, shape.channels))
+        weight = tensor.unflatten(1, (*shape.config.patch_size, shape.channels))
         return (weight.permute(0, 4, 1, 2, 3).contiguous(),)
     if mine.endswith("modulation"):
         return (tensor[None],)
@@ -194,7 +194,7 @@ def save_wan(model: DiT, folder: Path) -> None:
     """Write `folder` as diffusers reads it. ValueError where the model is no Wan."""
     if not isinstance(model.text_stem, TextEmbeddingStem):
         raise ValueError("text comes as ids: Wan reads embeddings")
-    channels = model.embed.in_features // prod(model.config.patch)
+    channels = model.embed.in_features // prod(model.config.patch_size)
     shape = WanShape(model.config, channels, model.text_stem.mlp.up.in_features)
     config = wan_config(shape)
     folder.mkdir(parents=True, exist_ok=True)

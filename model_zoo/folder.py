@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from model_zoo.convert import WanShape, load_wan, read_tensors, wan_config, wan_names, wan_pieces
-from model_zoo.dit import DiTConfig
-from model_zoo.dit_original import OriginalDiTConfig
-from model_zoo.mmdit import MMDiTConfig
-from model_zoo.uvit import UViTConfig
+from model_zoo.models.dit import DiTConfig
+from model_zoo.models.dit_original import OriginalDiTConfig
+from model_zoo.models.mmdit import MMDiTConfig
+from model_zoo.models.uvit import UViTConfig
 
 WAN = "WanTransformer3DModel"
 # The class that `build` makes, as config.json names it -> its config.
@@ -45,7 +45,7 @@ class Network:
     @property
     def token_size(self) -> int:
         """Values in one patch."""
-        return self.channels * prod(self.config.patch)
+        return self.channels * prod(self.config.patch_size)
 
     def build(self) -> nn.Module:
         """The model, on torch's default device, with weights of its own."""

@@ -113,10 +113,10 @@ class Modulation(Float32Linear):
     """
 
     def __init__(
-        self, width: int, tables: int, gates: tuple[int, ...] = (), gate_init: float = 0.0
+        self, hidden_size: int, tables: int, gates: tuple[int, ...] = (), gate_init: float = 0.0
     ) -> None:
         self.tables, self.gates, self.gate_init = tables, gates, gate_init
-        super().__init__(width, tables * width)
+        super().__init__(hidden_size, tables * hidden_size)
 
     def reset_parameters(self) -> None:
         """Zero weights; biases zero, or `gate_init` where a gate is."""
@@ -147,8 +147,8 @@ class RMSNorm(nn.Module):
 class QKNorm(RMSNorm):
     """RMS norm of queries or keys (n, N, d): over each head, or over all heads together as Wan."""
 
-    def __init__(self, width: int, num_heads: int, over: QKNormOver) -> None:
-        super().__init__(width // num_heads if over == "head" else width)
+    def __init__(self, hidden_size: int, num_heads: int, over: QKNormOver) -> None:
+        super().__init__(hidden_size // num_heads if over == "head" else hidden_size)
         self.over = over
 
     def forward(self, x: Tensor) -> Tensor:
@@ -164,13 +164,15 @@ class SelfAttention(nn.Module):
     `qk_norm` None leaves the norms out, as the first transformers did.
     """
 
-    def __init__(self, width: int, num_heads: int, qk_norm: QKNormOver | None = "head") -> None:
+    def __init__(
+        self, hidden_size: int, num_heads: int, qk_norm: QKNormOver | None = "head"
+    ) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = Linear(width, 3 * width, chunks=3)
-        self.q_norm = QKNorm(width, num_heads, qk_norm) if qk_norm else nn.Identity()
-        self.k_norm = QKNorm(width, num_heads, qk_norm) if qk_norm else nn.Identity()
-        self.out = Linear(width, width)
+        self.qkv = Linear(hidden_size, 3 * hidden_size, chunks=3)
+        self.q_norm = QKNorm(hidden_size, num_heads, qk_norm) if qk_norm else nn.Identity()
+        self.k_norm = QKNorm(hidden_size, num_heads, qk_norm) if qk_norm else nn.Identity()
+        self.out = Linear(hidden_size, hidden_size)
 
     def forward(self, x: Tensor, segments: Segments, rotation: Tensor | None = None) -> Tensor:
         """x (L, D) -> (L, D); rotation (L, 1, d/2, 2), or None for no rotary positions."""
@@ -185,14 +187,14 @@ class SelfAttention(nn.Module):
 class CrossAttention(nn.Module):
     """Attention of each segment's video tokens to its text tokens; no text gives only the bias."""
 
-    def __init__(self, width: int, num_heads: int, qk_norm: QKNormOver = "head") -> None:
+    def __init__(self, hidden_size: int, num_heads: int, qk_norm: QKNormOver = "head") -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.q = Linear(width, width)
-        self.kv = Linear(width, 2 * width, chunks=2)
-        self.q_norm = QKNorm(width, num_heads, qk_norm)
-        self.k_norm = QKNorm(width, num_heads, qk_norm)
-        self.out = Linear(width, width)
+        self.q = Linear(hidden_size, hidden_size)
+        self.kv = Linear(hidden_size, 2 * hidden_size, chunks=2)
+        self.q_norm = QKNorm(hidden_size, num_heads, qk_norm)
+        self.k_norm = QKNorm(hidden_size, num_heads, qk_norm)
+        self.out = Linear(hidden_size, hidden_size)
 
     def forward(self, x: Tensor, text: Tensor, segments: Segments) -> Tensor:
         """x (L, D), text (K, D) -> (L, D)."""
@@ -211,12 +213,12 @@ class FeedForward(nn.Module):
     """
 
     def __init__(
-        self, width: int, hidden: int, out: int | None = None, gelu: Gelu = "tanh"
+        self, hidden_size: int, hidden: int, out: int | None = None, gelu: Gelu = "tanh"
     ) -> None:
         super().__init__()
         self.gelu = gelu
-        self.up = Linear(width, hidden)
-        self.down = Linear(hidden, out or width)
+        self.up = Linear(hidden_size, hidden)
+        self.down = Linear(hidden, out or hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """(L, in) -> (L, out)."""
@@ -269,17 +271,21 @@ def check_positive(config: Any, *names: str) -> None:
 
 def check_shared(config: Any) -> None:
     """ValueError where a field that every model's config has is out of its range."""
-    if min(config.patch) < 1:
-        raise ValueError(f"patch={config.patch} must be at least 1 in time, height and width")
+    if min(config.patch_size) < 1:
+        raise ValueError(
+            f"patch_size={config.patch_size} must be at least 1 in time, height and width"
+        )
     if config.text_depth < 0:
         raise ValueError(f"text_depth={config.text_depth} must not be negative")
     check_choice("gelu", config.gelu, Gelu)
     check_backend_name(config.attention)
 
 
-def head_dim(width: int, num_heads: int) -> int:
+def head_dim(hidden_size: int, num_heads: int) -> int:
     """Channels of one attention head; ValueError where the heads do not divide the width."""
-    if width % num_heads:
-        fitting = next(n for n in range(num_heads, 0, -1) if width % n == 0)
-        raise ValueError(f"width={width} must be divisible by num_heads={num_heads}; try {fitting}")
-    return width // num_heads
+    if hidden_size % num_heads:
+        fitting = next(n for n in range(num_heads, 0, -1) if hidden_size % n == 0)
+        raise ValueError(
+            f"hidden_size={hidden_size} must be divisible by num_heads={num_heads}; try {fitting}"
+        )
+    return hidden_size // num_heads

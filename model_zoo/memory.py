@@ -8,8 +8,8 @@ CUDA context and kernels' workspaces, some 3 to 6 GiB together.
 
 from dataclasses import dataclass, fields
 
-from model_zoo.dit import DiTConfig
 from model_zoo.layers import CheckpointPolicy
+from model_zoo.models.dit import DiTConfig
 
 FLOAT32 = 4  # bytes: of master weights, gradients, the average and each of Adam's two moments
 
@@ -83,12 +83,12 @@ def activation_bytes(
 
     Text and what acts once a clip are left out.
     """
-    width, heads = config.width, config.num_heads
+    hidden_size, heads = config.hidden_size, config.num_heads
     block = _block_bytes(config, value_bytes)
     kept = {
         "none": block,
-        "full": width * value_bytes,
-        "selective": 3 * width * value_bytes + 8 * heads,  # and what both attentions give
+        "full": hidden_size * value_bytes,
+        "selective": 3 * hidden_size * value_bytes + 8 * heads,  # and what both attentions give
     }
     total = 0
     for i in range(config.depth):
@@ -99,7 +99,7 @@ def activation_bytes(
     if policy.mode != "none":
         total += block  # of the one that is computed again
     # Its rotation, two numbers a pair; and the head's norm in float32, shift, scale and input.
-    once = 4 * config.head_dim + 3 * 4 * width + value_bytes * width
+    once = 4 * config.head_dim + 3 * 4 * hidden_size + value_bytes * hidden_size
     return tokens * (total + once)
 
 
@@ -108,7 +108,7 @@ def _block_bytes(config: DiTConfig, value_bytes: int) -> int:
 
     In float32, two of them are one and the same tensor.
     """
-    d, f = config.width, config.ffn
+    d, f = config.hidden_size, config.ffn
     if value_bytes == 4:
         return 4 * (28 * d + 2 * f) + _small(config)
     return 4 * 16 * d + value_bytes * (14 * d + 2 * f) + _small(config)

@@ -62,7 +62,7 @@ class ModelConfig(Protocol):
     """What the rest of Longtake may ask of the config of a model of any kind."""
 
     @property
-    def patch(self) -> tuple[int, int, int]:
+    def patch_size(self) -> tuple[int, int, int]:
         """Latent positions in time, height and width that make one token."""
 
     @property

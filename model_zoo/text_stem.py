@@ -17,7 +17,7 @@ class TextStemConfig(Protocol):
     """What a model's config says of its text."""
 
     @property
-    def width(self) -> int:
+    def hidden_size(self) -> int:
         """D."""
 
     @property
@@ -48,7 +48,7 @@ def build_text_stem(
     if text_vocab is not None:
         return TextIdStem(config, text_vocab)
     assert text_dim is not None
-    return TextEmbeddingStem(text_dim, config.width)
+    return TextEmbeddingStem(text_dim, config.hidden_size)
 
 
 def check_text_source(text_vocab: int | None, text_dim: int | None) -> None:
@@ -65,10 +65,10 @@ class TextIdStem(nn.Module):
 
     def __init__(self, config: TextStemConfig, vocab_size: int) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(vocab_size, config.width)
-        self.positions = nn.Embedding(config.text_max_length, config.width)
+        self.embedding = nn.Embedding(vocab_size, config.hidden_size)
+        self.positions = nn.Embedding(config.text_max_length, config.hidden_size)
         self.blocks = nn.ModuleList(TextBlock(config) for _ in range(config.text_depth))
-        self.norm = nn.LayerNorm(config.width)
+        self.norm = nn.LayerNorm(config.hidden_size)
 
     def forward(self, text: Tensor, segments: Segments, segment_ids: Tensor) -> Tensor:
         """text (K,) int64, segment_ids (K,) -> (K, D)."""
@@ -87,10 +87,10 @@ class TextBlock(nn.Module):
 
     def __init__(self, config: TextStemConfig) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(config.width)
-        self.attention = SelfAttention(config.width, config.num_heads)
-        self.norm2 = nn.LayerNorm(config.width)
-        self.ffn = FeedForward(config.width, 4 * config.width, gelu=config.gelu)
+        self.norm1 = nn.LayerNorm(config.hidden_size)
+        self.attention = SelfAttention(config.hidden_size, config.num_heads)
+        self.norm2 = nn.LayerNorm(config.hidden_size)
+        self.ffn = FeedForward(config.hidden_size, 4 * config.hidden_size, gelu=config.gelu)
 
     def forward(self, x: Tensor, segments: Segments) -> Tensor:
         """(K, D) -> (K, D)."""
@@ -101,9 +101,9 @@ class TextBlock(nn.Module):
 class TextEmbeddingStem(nn.Module):
     """Embeddings of a text encoder to text tokens, each by itself; as in PixArt-alpha and Wan."""
 
-    def __init__(self, text_dim: int, width: int) -> None:
+    def __init__(self, text_dim: int, hidden_size: int) -> None:
         super().__init__()
-        self.mlp = FeedForward(text_dim, width, width)
+        self.mlp = FeedForward(text_dim, hidden_size, hidden_size)
 
     def forward(self, text: Tensor, segments: Segments, segment_ids: Tensor) -> Tensor:
         """text (K, text_dim) -> (K, D)."""
@@ -112,7 +112,7 @@ class TextEmbeddingStem(nn.Module):
 
 def stem_weights(config: TextStemConfig, text_dim: int | None) -> int:
     """Weights in matrices that each text token passes in the stem; `text_dim` as in the builder."""
-    d = config.width
+    d = config.hidden_size
     return config.text_depth * 12 * d * d if text_dim is None else text_dim * d + d * d
 
 

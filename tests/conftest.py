@@ -14,9 +14,11 @@ import pytest
 import torch
 from moto.server import ThreadedMotoServer
 
-from framework.checkpoint import Checkpoints
-from framework.data.index import IndexConfig, index_shard, write_index
-from framework.data.synthetic import SyntheticConfig, write_dataset
+from framework.data.config import IndexConfig, SyntheticConfig
+from framework.data.index.job import write_index
+from framework.data.index.shard import index_shard
+from framework.demo.clips.moving_shapes import write_dataset
+from framework.run.checkpoint import Checkpoints
 from framework.storage import Store
 
 # Two cores are shared with Ray's workers and servers; more threads only get in each other's way.
@@ -29,7 +31,7 @@ SMALL_LINE = (
     "data.synthetic.clips_per_shard=32",
     "data.index.heldout_fraction=0.2",
     "data.max_tokens=192",
-    "model.width=32",
+    "model.hidden_size=32",
     "model.ffn=64",
     "model.num_heads=2",
     "model.depth=2",

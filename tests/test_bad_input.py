@@ -25,10 +25,12 @@ import pytest
 
 from framework.assembly import Assembly
 from framework.config import compose
-from framework.data.index import IndexConfig, index, index_shard, write_index
-from framework.data.plan import Plan
+from framework.data.config import IndexConfig
+from framework.data.index.job import index, write_index
+from framework.data.index.shard import index_shard
+from framework.data.plan.store import Plan
 from framework.storage import Store
-from framework.tracking import first_free_port
+from framework.tracking.mlflow import first_free_port
 from framework.video import encode
 
 Files = list[tuple[str, bytes]]
@@ -351,7 +353,7 @@ def test_a_full_disk_is_a_sentence(tmp_path: Path) -> None:
     if subprocess.run([*before, "true"], capture_output=True).returncode:
         pytest.skip("this machine gives no mount namespace")
     line = [*overrides(tmp_path), f"data.shards={disk}/clips", "data.synthetic.num_clips=2000"]
-    done = command_line("framework.data.synthetic", *line, before=before)
+    done = command_line("framework.demo.clips", *line, before=before)
     assert done.returncode == 2, done.stdout
     assert "error: " in done.stdout
     assert "No space left on device" in done.stdout

@@ -107,7 +107,7 @@ def test_a_number_may_stand_for_a_name() -> None:
     [
         ("train.setps=3", "train.setps: no such key; did you mean train.steps?"),
         ("trian.steps=3", "trian: no such key; did you mean train?"),
-        ("model.widht=64", "did you mean model.width?"),
+        ("model.hiden_size=64", "did you mean model.hidden_size?"),
         (
             "optimizer.groups=[{patern: x}]",
             r"groups\[0\].patern: no such key; did you mean optimizer.groups\[0\].pattern",
@@ -119,7 +119,7 @@ def test_a_number_may_stand_for_a_name() -> None:
         ("data.views=3", "a mapping is needed"),
         ("model.num_heads=3", "divisible by num_heads"),
         ("model._target_=os.system", "only names under framework. and model_zoo. are built"),
-        ("model._target_=model_zoo.dit.DiT", "no file of conf/model/ states it"),
+        ("model._target_=model_zoo.models.dit.DiT", "no file of conf/model/ states it"),
         ("model.kind=mmdit", "model.kind: no such key; choose one of conf/model/"),
         ("kinds.model=mmdit", "kinds: no such key"),
         ("packages=[no_such_package]", "there is no package 'no_such_package'"),

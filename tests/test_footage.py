@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks.footage import cuts
-from framework.data.shards import write_shards
+from framework.data.shards.tar import write_shards
+from framework.run.ledger import read_ledger
 from framework.storage import Store
-from framework.train.report import read_ledger
 from framework.video import probe
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -25,7 +25,7 @@ def test_the_line_learns_from_real_footage(finish: Callable[..., str], tmp_path:
         "data.index.heldout_fraction=0.2",
         "data.max_tokens=512",
         "model.depth=2",
-        "model.width=64",
+        "model.hidden_size=64",
         "model.num_heads=2",
         "cluster.num_workers=1",
         "train.steps=40",

@@ -17,7 +17,7 @@ def write(path: Path, text: str) -> Path:
 TEAM_MODEL = '''
 from dataclasses import dataclass, field
 
-from model_zoo.dit import DiTConfig
+from model_zoo.models.dit import DiTConfig
 
 
 @dataclass(frozen=True)
@@ -79,9 +79,9 @@ def test_two_files_may_not_state_one_class(team: str, tmp_path: Path) -> None:
     ("target", "sentence"),
     [
         ("os.system", "only names under framework. and model_zoo. are built"),
-        ("model_zoo.dit.DiT", "not a frozen config dataclass"),
+        ("model_zoo.models.dit.DiT", "not a frozen config dataclass"),
         ("model_zoo.nothing.Config", "No module named"),
-        ("model_zoo.dit.Nothing", "no attribute"),
+        ("model_zoo.models.dit.Nothing", "no attribute"),
     ],
 )
 def test_only_a_frozen_dataclass_of_ours_is_built(

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from framework.checkpoint import Checkpoints
+from framework.run.checkpoint import Checkpoints
+from framework.run.ledger import read_ledger
 from framework.storage import Store
-from framework.train.report import read_ledger
 from framework.video import probe
 
 READING = ("clips_per_s", "mb_per_s", "decode_ms", "fetch_ms", "wait_share_worst")
@@ -32,7 +32,7 @@ def test_the_demo_and_then_each_command_on_its_run(
     assert json.loads((run / "summary.json").read_text())["after"] == summary["after"]
 
     # The stages as commands; what is there already is not done again.
-    assert "96 clips are in" in finish("framework.data.synthetic", *small_line)
+    assert "96 clips are in" in finish("framework.demo.clips", *small_line)
     assert "imbalance" in finish("framework.data.plan", *small_line)
     assert "all 12 steps are done already" in finish("framework.train", *small_line)
     assert "evaluated already" in finish("framework.evaluate", *small_line)

@@ -16,10 +16,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from framework.checkpoint import Checkpoints
+from framework.run.checkpoint import Checkpoints
+from framework.run.fence import read_attempt
+from framework.run.ledger import read_ledger
 from framework.storage import Store
-from framework.train.fence import read_attempt
-from framework.train.report import read_ledger
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 

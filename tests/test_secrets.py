@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from framework.run.identity import read_config
 from framework.storage import Store
-from framework.train.identity import read_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

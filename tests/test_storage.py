@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 
 from framework import storage
-from framework.data.index import IndexConfig, index_shard, write_index
-from framework.data.listing import list_units
-from framework.data.manifest import read_manifest
-from framework.data.shards import read_members, write_shards
+from framework.data.config import IndexConfig
+from framework.data.index.job import write_index
+from framework.data.index.listing import list_units
+from framework.data.index.shard import index_shard
+from framework.data.manifest.table import read_manifest
+from framework.data.shards.tar import read_members, write_shards
 from framework.storage import Store, join_url, normalize_url, with_retries
 from framework.video import encode
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from framework.checkpoint import Checkpoints
+from framework.run.checkpoint import Checkpoints
 from framework.storage import Store
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]

@@ -18,7 +18,7 @@ from av.filter import Graph
 from PIL import Image, ImageOps
 
 from framework import video
-from framework.data.ranged_file import RangedFile
+from framework.data.shards.ranged_file import RangedFile
 from framework.video import STILL_FPS, VideoError, VideoInfo, decode
 
 BLOCK = 16

@@ -1,1 +1,1 @@
-"""Clips and their way into training: manifest, plan, stream, and the demo's synthetic clips."""
+"""Clips and their way into training: shards, manifest, plan, stream."""

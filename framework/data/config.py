@@ -2,10 +2,9 @@
 
 from dataclasses import dataclass, field
 
-from framework.data.cost import CostModel
-from framework.data.recipe import Recipe
-from framework.data.synthetic import SyntheticConfig
-from framework.data.views import Geometry, ViewConfig
+from framework.data.plan.cost import CostModel
+from framework.data.plan.recipe import Recipe
+from framework.data.plan.views import Geometry, ViewConfig
 from framework.mapping import free
 
 
@@ -73,6 +72,30 @@ class EncodeConfig:
 
 
 @dataclass(frozen=True)
+class SyntheticConfig:
+    """Clips that `framework.demo.clips` makes: how many, and the shares of their kinds."""
+
+    num_clips: int = 3500
+    clips_per_shard: int = 250
+    seed: int = 0
+    fps: float = 8.0
+    crf: int = 20  # quality of H.264, lower is better
+    still_share: float = 0.25
+    png_share: float = 0.25  # of the stills; the others are videos of one frame
+    large_share: float = 0.25  # of all clips; rendered at twice the size
+
+    def __post_init__(self) -> None:
+        for name in ("num_clips", "clips_per_shard"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("still_share", "png_share", "large_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)} must lie between 0 and 1")
+        if not self.fps > 0:
+            raise ValueError(f"fps={self.fps} must be positive")
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Shards, their manifest, and the recipe of the plan.
 
@@ -105,7 +128,7 @@ class DataConfig:
     latents: str = ""
     encode: EncodeConfig = free(of=EncodeConfig)
     stream: StreamConfig = free(of=StreamConfig)
-    synthetic: SyntheticConfig | None = None  # clips that `framework.data.synthetic` makes
+    synthetic: SyntheticConfig | None = None
 
     def recipe(self, geometry: Geometry, cost: CostModel, seed: int) -> Recipe:
         """The recipe of the plan; ValueError where its parts do not fit together."""

@@ -1,4 +1,3 @@
-"""What is learnt and how it is sampled: noise schedules, objectives, guidance, samplers.
+"""The path between data and noise, and how it is walked: samplers and guidance.
 
-Plain torch; knows `framework.batch` and `framework.seeding` and nothing of data, training or Ray.
-"""
+Plain torch; knows `framework.batch` and nothing of objectives, data, training or Ray."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from framework.batch import PackedBatch
-from framework.diffusion.objective import Network, Objective, token_t
+from framework.objectives.objective import Network, Objective, token_t
 
 # (x_t (L, P), t) -> (L, P) estimate of the data; t is one number, the same for all clips.
 Denoise = Callable[[Tensor, float], Tensor]

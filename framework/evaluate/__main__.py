@@ -2,11 +2,11 @@
 
 from framework.assembly import Assembly
 from framework.config import RunConfig, entry
-from framework.evaluate.run import Evaluation, evaluated
+from framework.evaluate.evaluate import Evaluation, evaluated
+from framework.run.identity import run_store
 from framework.storage import Store
 from framework.terminal import Terminal
-from framework.train.identity import run_store
-from framework.train.run_tracker import open_tracker
+from framework.tracking.run_tracker import open_tracker
 
 
 def main(config: RunConfig) -> None:

@@ -9,16 +9,16 @@ import json
 import math
 from collections.abc import Sequence
 
-from framework.checkpoint import Checkpoint, find_checkpoint
 from framework.config import RunConfig, entry, group_from_flat
-from framework.evaluate.run import evaluation_file
+from framework.encoders import built
+from framework.evaluate.evaluate import evaluation_file
 from framework.export.card import Facts
 from framework.export.folder import export
-from framework.networks import built
+from framework.run.checkpoint import Checkpoint, find_checkpoint
+from framework.run.identity import run_store
+from framework.run.ledger import segment_loss
 from framework.storage import Store
 from framework.terminal import Terminal
-from framework.train.identity import run_store
-from framework.train.report import segment_loss
 from model_zoo.folder import Network, folder_format
 
 

@@ -11,9 +11,9 @@ Invariant: nobody's files are overwritten but those of an export that was not fi
 import json
 from collections.abc import Callable
 
-from framework.checkpoint import Checkpoint, check_weights
 from framework.export.card import Facts, card
 from framework.export.weights import write_weights
+from framework.run.checkpoint import Checkpoint, check_weights
 from framework.storage import Store
 from model_zoo.convert import WEIGHTS
 from model_zoo.folder import Network, folder_format

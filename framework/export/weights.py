@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from framework.checkpoint import Checkpoint
-from framework.sharded_state import load_state, persistent_buffers, shapes_of
+from framework.run.checkpoint import Checkpoint
+from framework.run.sharded_state import load_state, persistent_buffers, shapes_of
 from framework.storage import Store
 from model_zoo.convert import WEIGHTS
 from model_zoo.folder import FolderFormat, Network

@@ -5,12 +5,12 @@ python -m framework.sample experiment=demo 'sample.prompts=["a red circle over g
 
 from framework.assembly import Assembly
 from framework.config import RunConfig, entry
+from framework.run.identity import run_store
 from framework.sample.generate import Prompt
 from framework.sample.videos import sample_videos
 from framework.storage import Store
 from framework.terminal import Terminal
-from framework.train.identity import run_store
-from framework.train.run_tracker import log_files, open_tracker
+from framework.tracking.run_tracker import log_files, open_tracker
 
 
 def main(config: RunConfig) -> None:

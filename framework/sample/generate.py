@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from framework.batch import PackedBatch
-from framework.data.views import Geometry
+from framework.data.plan.views import Geometry
 from framework.diffusion.guidance import guided
-from framework.diffusion.objective import Objective
 from framework.diffusion.samplers import SamplerConfig
-from framework.networks import to_uint8
+from framework.encoders import to_uint8
+from framework.objectives.objective import Objective
 from framework.seeding import draws, hash64
 from model_zoo.patchify import unpatchify
 from model_zoo.protocols import TextEncoder, VideoCodec
@@ -89,7 +89,7 @@ def generate(
     try:
         with torch.no_grad():
             for pack in _packs(requests, max_tokens // halves):
-                num_values = codec.channels * math.prod(geometry.patch)
+                num_values = codec.channels * math.prod(geometry.patch_size)
                 batch = _batch(pack, num_values).to(device)
                 denoise = guided(model, objective, batch, sampler.guidance_scale, null_text)
                 tokens = sampler.sample(denoise, _noise(pack, num_values).to(device))
@@ -153,9 +153,9 @@ def _noise(pack: list[_Request], num_values: int) -> Tensor:
 
 def _frames(request: _Request, tokens: Tensor, codec: VideoCodec, geometry: Geometry) -> np.ndarray:
     """(n, P) tokens -> uint8 (T, H, W, 3), cropped to the size that was asked for."""
-    prompt, patch = request.prompt, geometry.patch
-    frames, height, width = (n * p for n, p in zip(request.grid, patch, strict=True))
-    latents = unpatchify(tokens, request.grid, patch, codec.channels, (frames, height, width))
+    prompt, patch_size = request.prompt, geometry.patch_size
+    frames, height, width = (n * p for n, p in zip(request.grid, patch_size, strict=True))
+    latents = unpatchify(tokens, request.grid, patch_size, codec.channels, (frames, height, width))
     stride = geometry.temporal_stride
     num_frames = 1 + (frames - 1) * stride if geometry.causal else frames * stride
     pixels = codec.decode(latents, num_frames)  # (T', 3, H', W')

@@ -1,1 +1,1 @@
-"""Training: one loop, two engines (ZeRO-3 and its oracle in plain torch), optimizer and EMA."""
+"""Training: a driver, its ranks, one loop, two engines, and what watches them."""

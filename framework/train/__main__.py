@@ -2,12 +2,12 @@
 
 from framework.assembly import Assembly
 from framework.config import RunConfig, entry
-from framework.logs import RunLog
+from framework.run.identity import claim
+from framework.run.logs import RunLog
 from framework.terminal import Terminal
-from framework.train.estimate import estimate
-from framework.train.identity import claim
-from framework.train.job import Job, train
-from framework.train.run_tracker import open_tracker
+from framework.tracking.run_tracker import open_tracker
+from framework.train.driver.estimate import estimate
+from framework.train.driver.job import Job, train
 
 
 def job_of(config: RunConfig) -> Job:

@@ -1,28 +1,11 @@
-"""What a run is called and how long it trains."""
+"""How long a run trains, and the hardware that an estimate takes for granted."""
 
-import re
 from dataclasses import dataclass, field
 
 from framework.mapping import free
-from framework.train.guard import GuardConfig
-from framework.train.profiler import ProfileConfig
+from framework.train.observers.profile import ProfileConfig
+from framework.train.rank.guard import GuardConfig
 from model_zoo.layers import CheckpointPolicy
-
-
-@dataclass(frozen=True)
-class RunSection:
-    """A run's identity: `name` below `root` (any URL) is where it lives and resumes from."""
-
-    name: str
-    root: str = free("runs")
-    seed: int = 0
-    fresh: bool = free(False)  # start over beside an older run of this name
-
-    def __post_init__(self) -> None:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._=,+-]*", self.name):
-            raise ValueError(
-                f"name={self.name!r}: letters, digits and . _ = , + - only, no folder in it"
-            )
 
 
 @dataclass(frozen=True)

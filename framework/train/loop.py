@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from framework.batch import PackedBatch
-from framework.diffusion.objective import Draw, Objective
-from framework.train.engine import Engine, StepStats
+from framework.objectives.objective import Draw, Objective
+from framework.train.engine.protocol import Engine, StepStats
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from torch import distributed
 import framework
 import model_zoo
 from framework.storage import Store
-from framework.tracking import Tracker
+from framework.tracking.tracker import Tracker
 
 PACKAGES = ("torch", "ray", "deepspeed", "numpy", "pyarrow", "av")
 ALL_REDUCE_BYTES = 16 << 20  # chosen by hand: large enough for bandwidth, small enough for gloo

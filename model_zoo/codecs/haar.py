@@ -23,7 +23,7 @@ FRAMES, PIXELS = 4, 8  # of a block in time, and in height and width
 
 # Standard deviation of the coefficients by (temporal level, is chroma, spatial level), level 0 the
 # mean and higher ones finer; pixels in [-1, 1]. Measured over the first 500 clips of
-# `framework.data.synthetic` (seed 0; circles, squares and triangles of a radius of 7 to 9.5 pixels,
+# `framework.demo.clips` (seed 0; circles, squares and triangles of a radius of 7 to 9.5 pixels,
 # as it drew them then), after H.264 at CRF 20, at 32 pixels on the shorter side.
 _BAND_STD = {
     (0, False, 0): 8.9115,

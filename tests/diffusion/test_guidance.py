@@ -3,8 +3,8 @@ from dataclasses import replace
 import torch
 
 from framework.diffusion.guidance import guided, with_null_half
-from framework.diffusion.objective import token_t
-from framework.diffusion.rectified_flow import RectifiedFlowConfig
+from framework.objectives.objective import token_t
+from framework.objectives.rectified_flow import RectifiedFlowConfig
 
 NULL = torch.tensor([97, 98, 99])
 OBJECTIVE = RectifiedFlowConfig().build(torch.tensor([0.3, 0.6, 1.0, 1.4, 2.0, 3.0]))

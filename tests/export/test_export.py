@@ -14,27 +14,30 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from framework.batch import PackedBatch
-from framework.checkpoint import Checkpoint, Checkpoints
 from framework.config import RunConfig, compose, group_from_flat
 from framework.export.__main__ import main, network_of
 from framework.export.card import Facts
 from framework.export.config import ExportConfig
 from framework.export.folder import UNFINISHED, export
 from framework.mapping import flatten, to_mapping, unflatten
-from framework.run_format import FORMAT
-from framework.sharded_state import save_state, shapes_of
+from framework.run.checkpoint import Checkpoint, Checkpoints
+from framework.run.format import FORMAT
+from framework.run.sharded_state import save_state, shapes_of
 from framework.storage import Store
 from model_zoo.convert import WEIGHTS
-from model_zoo.dit import DiTConfig
 from model_zoo.folder import Network, load_model
+from model_zoo.models.dit import DiTConfig
+from model_zoo.models.uvit import UViTConfig
 from model_zoo.patchify import patchify
-from model_zoo.uvit import UViTConfig
 
 WHOLE = 10**10
 WAN = Network(
-    DiTConfig(width=24, ffn=40, num_heads=2, depth=2, patch=(1, 2, 2), qk_norm="width"), 3, None, 10
+    DiTConfig(hidden_size=24, ffn=40, num_heads=2, depth=2, patch_size=(1, 2, 2), qk_norm="width"),
+    3,
+    None,
+    10,
 )
-UVIT = Network(UViTConfig(width=24, ffn=40, num_heads=2, depth=3), 3, None, 10)
+UVIT = Network(UViTConfig(hidden_size=24, ffn=40, num_heads=2, depth=3), 3, None, 10)
 
 
 def moved(network: Network, by: float) -> nn.Module:
@@ -60,7 +63,7 @@ def commit(run: Store, step: int, network: Network, meta: dict[str, Any]) -> Che
 
 
 def facts(weights: str = "ema") -> Facts:
-    return Facts("a", 1, weights, 2, {"model.width": 24}, None, None, None, {}, "", "none")
+    return Facts("a", 1, weights, 2, {"model.hidden_size": 24}, None, None, None, {}, "", "none")
 
 
 def write(run: Store, network: Network, max_bytes: int = WHOLE, weights: str = "ema") -> Store:
@@ -237,7 +240,7 @@ def test_the_command_needs_no_more_than_the_runs_name(trained: Store, tmp_path: 
     assert "| train/loss | 0.5500 |" in readme  # of steps 4 to 7
     assert "mean over the last 4 steps" in readme
     assert "| Licence | unknown, ask who trained it |" in readme
-    assert "\nmodel.width: 32\n" in readme
+    assert "\nmodel.hidden_size: 32\n" in readme
     assert "a:b@c" not in readme  # where the tracker is
 
 
@@ -300,8 +303,8 @@ def test_a_group_comes_back_from_a_flat_config(config: RunConfig) -> None:
     assert unflatten(flatten(mapping)) == mapping
     flat = json.loads(json.dumps(dict(config.identity.values)))
     assert group_from_flat(flat, "model") == config.model
-    with pytest.raises(ValueError, match=r"model\.widht: no such key"):
-        group_from_flat(flat | {"model.widht": 3}, "model")
+    with pytest.raises(ValueError, match=r"model\.hiden_size: no such key"):
+        group_from_flat(flat | {"model.hiden_size": 3}, "model")
 
 
 @pytest.mark.slow

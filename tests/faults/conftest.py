@@ -18,9 +18,9 @@ import psutil
 import pytest
 
 import framework
-from framework.checkpoint import Checkpoints
+from framework.run.checkpoint import Checkpoints
+from framework.run.fence import read_attempt
 from framework.storage import Store
-from framework.train.fence import read_attempt
 from tests.conftest import use_s3
 
 Process = subprocess.Popen[str]
@@ -31,7 +31,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from model_zoo.dit import DiT, DiTConfig
+from model_zoo.models.dit import DiT, DiTConfig
 
 
 @dataclass(frozen=True)

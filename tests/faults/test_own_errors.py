@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from framework.run.fence import read_attempt
+from framework.run.ledger import read_ledger
 from framework.storage import Store
-from framework.train.fence import read_attempt
-from framework.train.report import read_ledger
 from tests.faults.conftest import UserCode, clips_of, losses_of, skipped_in
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]

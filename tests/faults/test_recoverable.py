@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from framework.run.ledger import read_ledger
 from framework.storage import Store
-from framework.train.report import read_ledger
 from tests.faults.conftest import Process, Run, clips_of, losses_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from framework.data.plan import Plan
+from framework.data.plan.store import Plan
+from framework.run.fence import read_attempt
+from framework.run.ledger import read_ledger
 from framework.storage import Store
-from framework.train.fence import read_attempt
-from framework.train.report import read_ledger
 from tests.faults.conftest import Process, Run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]

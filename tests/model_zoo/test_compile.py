@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from model_zoo.attention import Segments, _attend, packed_attention
-from model_zoo.dit import DiTConfig
 from model_zoo.layers import CheckpointPolicy
-from model_zoo.mmdit import MMDiTConfig
+from model_zoo.models.dit import DiTConfig
+from model_zoo.models.mmdit import MMDiTConfig
 
 L, K, P = 200, 60, 6
-SMALL = {"width": 24, "ffn": 40, "num_heads": 2, "gate_init": 0.5}
+SMALL = {"hidden_size": 24, "ffn": 40, "num_heads": 2, "gate_init": 0.5}
 # Models, and where their blocks are, of one kind each.
 MODELS = {
     "dit": (DiTConfig(**SMALL, depth=3), ("blocks",)),

@@ -5,10 +5,10 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from model_zoo.dit import DiTConfig
 from model_zoo.flops import training_flops_per_token
+from model_zoo.models.dit import DiTConfig
 
-CONFIG = DiTConfig(width=48, ffn=160, num_heads=2, depth=3, gate_init=0.5, pooled_text=True)
+CONFIG = DiTConfig(hidden_size=48, ffn=160, num_heads=2, depth=3, gate_init=0.5, pooled_text=True)
 
 
 def test_training_flops_are_near_the_counter(make_pack):

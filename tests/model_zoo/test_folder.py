@@ -9,13 +9,13 @@ import yaml
 from safetensors.torch import save_file
 
 from model_zoo.convert import WEIGHTS
-from model_zoo.dit import DiTConfig
-from model_zoo.dit_original import OriginalDiTConfig
 from model_zoo.folder import WAN, Network, folder_format, load_model
-from model_zoo.mmdit import MMDiTConfig
-from model_zoo.uvit import UViTConfig
+from model_zoo.models.dit import DiTConfig
+from model_zoo.models.dit_original import OriginalDiTConfig
+from model_zoo.models.mmdit import MMDiTConfig
+from model_zoo.models.uvit import UViTConfig
 
-SIZE = {"width": 24, "num_heads": 2, "text_max_length": 20, "patch": (1, 1, 2)}
+SIZE = {"hidden_size": 24, "num_heads": 2, "text_max_length": 20, "patch_size": (1, 1, 2)}
 NETWORKS = {
     "dit": Network(DiTConfig(**SIZE, ffn=40, depth=2, pooled_text=True), 3, 258, None),
     "dit_wan": Network(DiTConfig(**SIZE, ffn=40, depth=2, qk_norm="width"), 3, None, 10),

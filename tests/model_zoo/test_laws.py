@@ -16,14 +16,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from framework.batch import PackedBatch
 from model_zoo.attention import ATTENTION_OPERATORS
-from model_zoo.dit import DiTConfig
-from model_zoo.dit_original import OriginalDiTConfig
 from model_zoo.flops import cost_coefficients, forward_flops
 from model_zoo.layers import CheckpointPolicy
-from model_zoo.mmdit import MMDiTConfig
-from model_zoo.uvit import UViTConfig
+from model_zoo.models.dit import DiTConfig
+from model_zoo.models.dit_original import OriginalDiTConfig
+from model_zoo.models.mmdit import MMDiTConfig
+from model_zoo.models.uvit import UViTConfig
 
-SIZE = {"width": 24, "num_heads": 2, "text_max_length": 20}
+SIZE = {"hidden_size": 24, "num_heads": 2, "text_max_length": 20}
 SMALL = {**SIZE, "ffn": 40, "gate_init": 0.5}
 # `build` of a config, (token_size, text_vocab, text_dim) -> a model that keeps it as `config`.
 MODELS: dict[str, Callable[..., nn.Module]] = {

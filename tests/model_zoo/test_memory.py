@@ -5,11 +5,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from model_zoo.dit import DiTConfig
 from model_zoo.layers import CheckpointPolicy
 from model_zoo.memory import Memory, activation_bytes, training_memory
+from model_zoo.models.dit import DiTConfig
 
-CONFIG = DiTConfig(width=96, ffn=320, num_heads=4, depth=4)
+CONFIG = DiTConfig(hidden_size=96, ffn=320, num_heads=4, depth=4)
 GRID, TOKENS = (8, 8, 16), 1024
 
 

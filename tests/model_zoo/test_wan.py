@@ -19,7 +19,7 @@ from model_zoo.convert import (
     wan_config,
     wan_shape,
 )
-from model_zoo.dit import DiTConfig
+from model_zoo.models.dit import DiTConfig
 from model_zoo.patchify import patchify, unpatchify
 
 CHANNELS, TEXT_DIM = 3, 10
@@ -157,5 +157,5 @@ def test_tensors_without_a_place_are_named() -> None:
 
 def _config(**options) -> DiTConfig:
     return DiTConfig(
-        **{"width": 24, "ffn": 40, "num_heads": 2, "depth": 1, "qk_norm": "width"} | options
+        **{"hidden_size": 24, "ffn": 40, "num_heads": 2, "depth": 1, "qk_norm": "width"} | options
     )

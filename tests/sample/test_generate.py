@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from framework.data.views import Geometry
-from framework.diffusion.rectified_flow import RectifiedFlowConfig
+from framework.data.plan.views import Geometry
 from framework.diffusion.samplers import EulerConfig, HeunConfig
+from framework.objectives.rectified_flow import RectifiedFlowConfig
 from framework.sample.generate import Prompt, generate
 from model_zoo.codecs.haar import HaarConfig
 from model_zoo.codecs.identity import IdentityConfig
@@ -66,7 +66,7 @@ def run(
     name="euler",
     **sampler,
 ):
-    std = patch_std(codec.latent_std, geometry.patch)
+    std = patch_std(codec.latent_std, geometry.patch_size)
     objective = RectifiedFlowConfig(precondition=precondition).build(std)
     config = SAMPLERS[name](**{"num_steps": 4, **sampler})
     return generate(

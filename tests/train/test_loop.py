@@ -13,15 +13,15 @@ from torch import Tensor, nn
 from framework.assembly import Assembly
 from framework.batch import PackedBatch
 from framework.config import compose
-from framework.data.recipe import Recipe
-from framework.diffusion.objective import Draw, Objective
-from framework.train.engine import StepStats
+from framework.data.plan.recipe import Recipe
+from framework.objectives.objective import Draw, Objective
+from framework.train.engine.protocol import StepStats
 from framework.train.loop import StepInput, StepOutput, train
-from framework.train.worst import worst_packs
+from framework.train.rank.largest_packs import worst_packs
 
 LINE = (
     "experiment=demo",
-    "model.width=32",
+    "model.hidden_size=32",
     "model.num_heads=2",
     "model.ffn=64",
     "model.depth=2",

@@ -11,7 +11,8 @@ import torch
 from torch import distributed
 
 from framework.storage import Store
-from framework.tracking import MlflowConfig, NoTracker
+from framework.tracking.mlflow import MlflowConfig
+from framework.tracking.tracker import NoTracker
 from framework.train import preflight
 from framework.train.preflight import (
     Check,

@@ -1,0 +1,1 @@
+"""Clips encoded ahead, once, and read by training in place of videos."""

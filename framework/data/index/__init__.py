@@ -1,0 +1,1 @@
+"""Shards, or a table of files, to a manifest."""

@@ -1,0 +1,17 @@
+"""`python -m framework.data.index`: shards, or a table of loose files, to a manifest."""
+
+from framework.cluster import connect
+from framework.config import RunConfig, entry
+from framework.data.index.job import index
+from framework.data.index.listing import list_units
+
+
+def main(config: RunConfig) -> None:
+    """Index `data.shards` into `data.manifest`."""
+    list_units(config.data.shards)  # a mistake is answered before Ray starts
+    connect(config.cluster)
+    print(index(config.data.shards, config.data.manifest, config.data.index))
+
+
+if __name__ == "__main__":
+    entry(main)

@@ -1,0 +1,138 @@
+"""What to index: all tars of a folder, or the loose files that a table lists.
+
+A table is CSV, Parquet or JSONL with a column `path` (from the table's folder, or a URL) and, as it
+likes, caption, captions, source, video, fps and numbers, which mean what they mean in a sample's
+JSON (framework/data/index/shard.py).
+"""
+
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.json
+
+from framework.data.config import IndexConfig
+from framework.data.index.shard import FORMAT, ShardIndex, index_files, index_shard
+from framework.data.parquet import read_table
+from framework.seeding import hash64
+from framework.storage import Store, join_url, normalize_url
+
+TABLES = (".csv", ".parquet", ".jsonl")
+COMPRESSED = (".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
+FILES_PER_UNIT = 512
+VERSIONS_AT_ONCE = 16
+_TEXTS = ("path", "caption", "captions", "source", "video")
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What one task indexes: a tar, or some lines of a table."""
+
+    name: str
+    files: pa.Table | None = None  # those lines
+
+    @property
+    def kept_as(self) -> str:
+        """The name of the file that keeps what was found."""
+        return f"shards/{hash64(self.name):016x}.parquet"
+
+    def made_of(self, root: str, config: IndexConfig) -> str:
+        """Another text wherever `index` may give something else. FileNotFoundError for no tar."""
+        store = Store(root)
+        if self.files is None:
+            version = store.version(self.name)
+        else:
+            with ThreadPoolExecutor(VERSIONS_AT_ONCE) as pool:
+                found = pool.map(lambda path: _version(store, path), self.files["path"].to_pylist())
+                version = hashlib.blake2b(repr([*found]).encode(), digest_size=16).hexdigest()
+        return f"{FORMAT} {version} checksum={config.checksum} source={config.source}"
+
+    def index(self, root: str, config: IndexConfig) -> ShardIndex:
+        """What it holds."""
+        if self.files is None:
+            return index_shard(root, self.name, config)
+        return index_files(root, self.files, config)
+
+
+def list_units(shards_url: str) -> tuple[str, list[Unit]]:
+    """The folder that names count from, and what there is to index.
+
+    ValueError where there is nothing, or where a table cannot be read.
+    """
+    if shards_url.endswith(TABLES):
+        root, _, name = normalize_url(shards_url).rpartition("/")
+        return root, _table_units(Store(root), name)
+    store = Store(shards_url)
+    names = store.list()
+    if packed := [name for name in names if name.endswith(COMPRESSED)]:
+        raise ValueError(
+            f"shards_url={store.url!r} has compressed shards ({packed[0]}, …), which have no byte "
+            "offsets; unpack them to .tar"
+        )
+    units = [Unit(name) for name in names if name.endswith(".tar")]
+    if not units:
+        raise ValueError(
+            f"shards_url={store.url!r} has no file that ends in .tar; check the URL, or name a "
+            f"table of files ({', '.join(TABLES)})"
+        )
+    return store.url, units
+
+
+def _table_units(store: Store, name: str) -> list[Unit]:
+    where = join_url(store.url, name)
+    try:
+        table = _read_table(store, name)
+    except (FileNotFoundError, pa.ArrowInvalid) as error:
+        raise ValueError(f"{where} is not a table of files: {error}") from error
+    if "path" not in table.column_names:
+        raise ValueError(f"{where} lacks the column path; it has {', '.join(table.column_names)}")
+    paths = table["path"].cast(pa.string()).to_pylist()
+    if not paths:
+        raise ValueError(f"{where} lists no file")
+    if "" in paths or None in paths:
+        raise ValueError(f"{where} has an empty path")
+    relative = [_relative(store.url, path) for path in paths]
+    column = pa.array(relative, pa.string())
+    counts = pc.value_counts(column)
+    if twins := counts.filter(pc.greater(counts.field("counts"), 1)).field("values").to_pylist():
+        raise ValueError(f"{where} lists {twins[0]} twice")
+    table = table.set_column(table.column_names.index("path"), "path", column)
+    stretches = [
+        table.slice(start, FILES_PER_UNIT) for start in range(0, len(paths), FILES_PER_UNIT)
+    ]
+    return [Unit(_name_of(name, stretch), stretch) for stretch in stretches]
+
+
+def _read_table(store: Store, name: str) -> pa.Table:
+    if name.endswith(".parquet"):
+        return read_table(store, name)
+    source = pa.BufferReader(store.read_buffer(name))
+    if name.endswith(".jsonl"):
+        return pyarrow.json.read_json(source)
+    options = pyarrow.csv.ConvertOptions(
+        column_types=dict.fromkeys(_TEXTS, pa.string()), strings_can_be_null=True, null_values=[""]
+    )
+    parsing = pyarrow.csv.ParseOptions(newlines_in_values=True)
+    return pyarrow.csv.read_csv(source, parse_options=parsing, convert_options=options)
+
+
+def _relative(root: str, path: str) -> str:
+    """From `root` where the file lies below it, so that both can move together."""
+    return normalize_url(join_url(root, path)).removeprefix(f"{root}/")
+
+
+def _name_of(table: str, files: pa.Table) -> str:
+    """By content, so that lines added to a table leave those before them as they are."""
+    digest = hashlib.blake2b(repr(files.to_pylist()).encode(), digest_size=8).hexdigest()
+    return f"{table}/{digest}"
+
+
+def _version(store: Store, path: str) -> str:
+    where, name = store.at(path)
+    try:
+        return where.version(name)
+    except FileNotFoundError:
+        return "gone"

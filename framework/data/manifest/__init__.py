@@ -1,0 +1,1 @@
+"""The clip table, one row a clip: reading, writing and filtering it."""

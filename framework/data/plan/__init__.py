@@ -1,0 +1,1 @@
+"""Which views of which clips form which pack of which step, written down ahead."""

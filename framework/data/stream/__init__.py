@@ -1,0 +1,1 @@
+"""The plan carried out: clips fetched, decoded, encoded and packed, in its order."""

@@ -1,0 +1,80 @@
+"""The ledger: a run's account of itself, for each step the clips of each rank and the loss.
+
+A segment is written just before the checkpoint that ends it, under that checkpoint's name, so that
+a step done again after a failure replaces its first account: the ledger holds the last execution of
+each step.
+"""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from framework.run.checkpoint import Checkpoints
+from framework.storage import Store
+
+
+def ledger_name(step: int, rank: int) -> str:
+    """Where the ledger segment of one rank lies that ends with the checkpoint of `step`."""
+    return f"ledger/step-{step:08d}/rank-{rank:05d}.jsonl"
+
+
+def read_ledger(run: Store) -> dict[int, dict[str, Any]]:
+    """step -> {"clips": sorted ids over all ranks, "loss": float}, up to the last checkpoint.
+
+    `run` is the run's folder. A segment whose checkpoint was not committed may lack a rank; its
+    steps are told again by a newer segment, or will be: so the newest segment counts.
+    """
+    committed = Checkpoints(run.child("checkpoints")).committed_steps()
+    steps: dict[int, dict[str, Any]] = {}
+    told_by: dict[int, int] = {}  # step -> the segment that tells it
+    for name in run.list("ledger"):  # older segments come first
+        segment = int(name.split("/")[1].removeprefix("step-"))
+        if not committed or segment > committed[-1]:
+            continue
+        for line in run.read(name).decode().splitlines():
+            row = json.loads(line)
+            if told_by.get(row["step"]) != segment:
+                steps[row["step"]] = {"clips": [], "loss": row["loss"]}
+                told_by[row["step"]] = segment
+            entry = steps[row["step"]]
+            entry["clips"] = sorted(entry["clips"] + row["clips"])
+    return steps
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One rank's account of the steps since the last checkpoint."""
+
+    rows: list[dict[str, Any]]
+    failed: list[str]
+
+    def text(self) -> bytes:
+        """A line of JSON for each step."""
+        return "".join(json.dumps(row) + "\n" for row in self.rows).encode()
+
+    def write(self, run: Store, step: int, rank: int) -> None:
+        """Write it under the name of the checkpoint of `step`, with its quarantine."""
+        run.write(ledger_name(step, rank), self.text())
+        if self.failed:
+            name = f"quarantine/step-{step:08d}/rank-{rank:05d}.json"
+            run.write(name, json.dumps(self.failed, indent=1).encode())
+
+
+def clear_segments(run: Store, step: int) -> None:
+    """Delete what an earlier attempt, maybe of more ranks, wrote for the checkpoint of `step`."""
+    for folder in ("ledger", "quarantine"):
+        run.delete_folder(f"{folder}/step-{step:08d}")
+
+
+def segment_loss(run: Store, step: int) -> tuple[int, float] | None:
+    """Number of steps and mean loss of the ledger segment that the checkpoint of `step` ends.
+
+    None where there is no such segment in the run's folder `run`.
+    """
+    try:
+        lines = run.read(ledger_name(step, 0)).decode().splitlines()  # all ranks have the loss
+    except FileNotFoundError:
+        return None
+    rows = [json.loads(line) for line in lines]
+    losses = [row["loss"] for row in rows if row["loss"] is not None]
+    return (len(losses), sum(losses) / len(losses)) if losses else None

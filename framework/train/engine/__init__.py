@@ -1,0 +1,1 @@
+"""Training engines: ZeRO, and its oracle in plain torch; optimizer and EMA."""

@@ -1,0 +1,1 @@
+"""What watches a session: figures, the ledger, checkpoints, profiles."""

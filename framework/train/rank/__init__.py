@@ -1,0 +1,1 @@
+"""One process of training: set up, resume, train, commit."""

@@ -1,0 +1,166 @@
+"""One rank of a run: set up, resume from the latest committed checkpoint, train.
+
+The same function serves CPU ranks on gloo and GPU ranks on NCCL. A restart asks the store for the
+latest committed checkpoint, never Ray: Ray's controller may not have heard of the newest one.
+"""
+
+import contextlib
+import gc
+import traceback
+from functools import partial
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+import torch
+from torch import nn
+
+from framework.data.plan.store import Plan
+from framework.data.stream.collate import ClipReader, VideoReader
+from framework.data.stream.stream import open_stream
+from framework.run.checkpoint import Checkpoints
+from framework.run.logs import RunLog
+from framework.storage import Store, be_patient
+from framework.tracking.run_tracker import open_tracker
+from framework.tracking.tracker import NoTracker, Tracker
+from framework.train.engine.protocol import Engine
+from framework.train.preflight import check_workers, refusal, show_checks
+from framework.train.rank.failures import may_pass, words_of
+from framework.train.rank.largest_packs import (
+    codec_too_large,
+    longest_view,
+    try_longest_view,
+    try_worst_packs,
+    worst_packs,
+)
+from framework.train.rank.rank import Rank, WorkerArgs
+from framework.train.rank.session import Session
+from framework.train.rank.watchdog import Watchdog
+
+
+def work(args: WorkerArgs) -> None:
+    """Train this rank's share from the latest committed checkpoint to the last step.
+
+    What another attempt would not change is told to the driver, which then makes none.
+    """
+    log: RunLog | None = None
+    try:
+        rank = _set_up(args)
+        log = rank.log
+        with Watchdog(args.train.hang_timeout_s, rank.report_hang) as watchdog:
+            tracker = _work(rank, watchdog)
+        # The driver ends the MLflow run: evaluation still writes to it.
+        tracker.flush(timeout_s=60 if tracker.problem is None else 5)
+    except BaseException as error:
+        traceback.print_exc()
+        if not may_pass(error):
+            ray.get(args.board.refuse.remote(words_of(error)))
+        raise
+    finally:
+        if log is not None:
+            with contextlib.suppress(OSError):  # it must not stand in for what was raised
+                log.save()
+
+
+def _work(rank: Rank, watchdog: Watchdog) -> Tracker:
+    """Train; the tracker that rank 0 told of it."""
+    args = rank.args
+    if args.restarts:
+        be_patient()
+    checks = check_workers(rank.store, args.shards_url, args.first_shard, rank.device)
+    if rank.is_first:
+        show_checks(checks, "workers", lambda text: rank.tell({"text": text}))
+    if why := refusal(checks):
+        # What was right at the first start may be right again at the next.
+        raise OSError(why) if args.restarts else ValueError(why)
+    be_patient()
+    tracker: Tracker = NoTracker()
+    if rank.is_first:
+        tracker = open_tracker(args.tracking, rank.store, args.run_name, "rank-0")
+
+    reader, steps = args.assembly.reader(args.shards_url), args.train.steps
+    engine: Engine | None = None
+    again = True
+    while again:
+        watchdog.beat()
+        latest = rank.latest_checkpoint()
+        watchdog.beat()
+        start = 0 if latest is None else latest.step
+        with open_stream(
+            *(rank.plan, reader, args.stream, start, steps, rank.number, rank.dp_size),
+            waiting=watchdog.beat,  # for the driver's plan is no hang
+        ) as stream:  # the first steps are fetched and decoded while the engine is built
+            if engine is None:
+                rank.tell({"stage": "building the engine"})
+                engine = _build_engine(rank, reader, watchdog, is_fresh=latest is None)
+            if latest is not None:
+                engine.load(latest.store)
+            watchdog.beat()
+            rank.tell({"stage": "training", "step": start, "resumed": latest is not None})
+            again = Session(rank, engine, watchdog, tracker, latest).run(stream)
+    return tracker
+
+
+def _set_up(args: WorkerArgs) -> Rank:
+    """Find this worker's place, and set torch and its log up."""
+    context = ray.train.get_context()
+    torch.set_num_threads(args.threads)
+    torch.use_deterministic_algorithms(args.train.deterministic, warn_only=True)
+    store, number = Store(args.run_url), context.get_world_rank()
+    log = RunLog(store, f"rank-{number:05d}")
+    log.copy()
+    return Rank(
+        args=args,
+        number=number,
+        dp_size=context.get_world_size(),
+        device=ray.train.torch.get_device(),
+        store=store,
+        plan=Plan(store, args.plan_digest),
+        checkpoints=Checkpoints(store.child("checkpoints")),
+        log=log,
+    )
+
+
+def _build_engine(rank: Rank, reader: ClipReader, watchdog: Watchdog, is_fresh: bool) -> Engine:
+    """The engine at step 0; before that, one that is tried on the worst that the plan may bring."""
+    args = rank.args
+
+    def build() -> Engine:
+        built: Engine = args.engine.build(
+            partial(_model, rank), args.optimizer, args.train.steps, rank.device
+        )
+        return built
+
+    if is_fresh and args.train.try_worst_packs:
+        rank.tell({"stage": "trying the largest packs"})
+        encoding = _encode_longest_view(rank, reader)
+        longest_text = getattr(args.assembly.text, "max_tokens", None)
+        packs = worst_packs(rank.plan.recipe, reader, longest_text, args.stream.static_shapes)
+        per_step = -(-rank.plan.recipe.global_batch_packs // rank.dp_size)
+        objective = args.assembly.build_objective()
+        try_worst_packs(build(), objective, packs, rank.device, packs_per_step=per_step)
+        try:
+            while encoding and ray.wait(encoding, timeout=1.0)[1]:
+                watchdog.beat()  # a task may wait for its turn, and die by itself
+            ray.get(encoding)
+        except ray.exceptions.OutOfMemoryError as error:  # Ray ended the task to save the machine
+            raise codec_too_large(longest_view(rank.plan.recipe), error) from error
+        gc.collect()
+        watchdog.beat()
+        if rank.device.type == "cuda":
+            torch.cuda.empty_cache()
+    return build()
+
+
+def _encode_longest_view(rank: Rank, reader: ClipReader) -> list[ray.ObjectRef[None]]:
+    """The codec's trial, in a task like the stream's; none where the stream does not encode."""
+    if not rank.is_first or not isinstance(reader, VideoReader):
+        return []
+    return [ray.remote(max_retries=1)(try_longest_view).remote(rank.plan.recipe, reader)]
+
+
+def _model(rank: Rank) -> nn.Module:
+    model: Any = rank.args.assembly.build_model()
+    model.set_checkpointing(rank.args.train.activation_checkpointing)
+    return model

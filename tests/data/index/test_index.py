@@ -1,0 +1,617 @@
+import dataclasses
+import functools
+import io
+import json
+import random
+import tarfile
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+
+import av
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.parquet as pq
+import pytest
+import ray
+from PIL import Image
+
+from framework.data.config import IndexConfig
+from framework.data.index import job as index_module
+from framework.data.index.job import index, write_index
+from framework.data.index.listing import Unit, list_units
+from framework.data.index.shard import ShardIndex, index_shard, made_of
+from framework.data.manifest.table import checksum, clip_id, read_manifest
+from framework.data.shards.tar import write_shards
+from framework.storage import Store
+from framework.video import encode
+
+CONFIG = IndexConfig(heldout_fraction=0.3)
+
+
+def video_bytes(num_frames=4, height=32, width=48, fps=8.0, seed=0):
+    rng = np.random.default_rng(seed)
+    return encode(rng.integers(0, 255, (num_frames, height, width, 3), np.uint8), fps)
+
+
+def still_bytes(height=20, width=30):
+    buffer = io.BytesIO()
+    Image.fromarray(np.zeros((height, width, 3), np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+VIDEO = video_bytes()
+
+
+def write_tar(store, name, members):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for path, payload in members:
+            info = tarfile.TarInfo(path)
+            info.size = len(payload)
+            tar.addfile(info, io.BytesIO(payload))
+    store.write(name, buffer.getvalue())
+
+
+def clean_shards(store, num_shards, clips=3, first=0):
+    samples = (
+        {
+            "__key__": f"clip-{i:04d}",
+            "mp4": VIDEO,
+            "json": {"caption": f"caption {i}", "video": f"film-{i // 2}", "score": i / 7},
+        }
+        for i in range(first * clips, (first + num_shards) * clips)
+    )
+    return write_shards(store, samples, clips, first_shard=first)
+
+
+def index_here(store, config=CONFIG, names=None):
+    names = names or [name for name in store.list() if name.endswith(".tar")]
+    return {name: index_shard(store.url, name, config) for name in names}
+
+
+def one_row(store, json_value=None, config=CONFIG, **parts):
+    sample = {"__key__": "a", "mp4": VIDEO} | parts
+    if json_value is not None:
+        sample["json"] = json_value
+    (name,) = write_shards(store, [sample], 1)
+    found = index_shard(store.url, name, config)
+    return found.table.to_pylist()[0] if found.table.num_rows else found.problems[0]
+
+
+def test_a_row_says_where_the_clip_is_and_what_it_is(tmp_path):
+    store = Store(tmp_path)
+    meta = {
+        "caption": "Žlutý kůň 🐎",
+        "source": "films",
+        "video": "film-7",
+        "aesthetic": 5,
+        "motion": 0.25,
+        "ok": True,
+        "height": 9999,
+        "spec": {"radius": 8},
+        "odd": float("nan"),
+        "huge": 10**400,
+    }
+    row = one_row(store, meta)
+    data = store.read_range("shard-000000.tar", row["offset"], row["size_bytes"])
+    assert data == VIDEO
+    assert row.pop("offset") % 512 == 0
+    assert row == {
+        "clip_id": clip_id("shard-000000.tar", "a"),
+        "key": "a",
+        "shard": "shard-000000.tar",
+        "member": "a.mp4",
+        "size_bytes": len(VIDEO),
+        "checksum": checksum(VIDEO),
+        "checked_bytes": len(VIDEO),
+        "first_frame": 0,
+        "num_frames": 4,
+        "fps": 8.0,
+        "height": 32,
+        "width": 48,
+        "captions": ["Žlutý kůň 🐎"],
+        "source": "films",
+        "video": "film-7",
+        "aesthetic": 5.0,
+        "motion": 0.25,
+    }
+
+
+def test_a_clip_without_any_text_is_kept(tmp_path):
+    row = one_row(Store(tmp_path))
+    assert row["captions"] == [""]
+    assert (row["source"], row["video"]) == ("default", "shard-000000.tar/a")
+
+
+@pytest.mark.parametrize(
+    ("parts", "captions"),
+    [
+        (
+            {"json_value": {"captions": [" one", "two", "one"]}, "txt": "three\n"},
+            ["one", "two", "three"],
+        ),
+        ({"json_value": {"caption": ["one"], "captions": "two"}}, ["one", "two"]),
+        ({"json_value": {"caption": None}, "txt": "one"}, ["one"]),
+        ({"json_value": {"caption": "  "}}, [""]),
+        ({"txt": b"\xef\xbb\xbfone"}, ["one"]),
+        ({"json_value": b'\xef\xbb\xbf{"caption": "one"}'}, ["one"]),
+    ],
+)
+def test_captions(tmp_path, parts, captions):
+    assert one_row(Store(tmp_path), **parts)["captions"] == captions
+
+
+@pytest.mark.parametrize(
+    ("parts", "cause"),
+    [
+        ({"json_value": b"{"}, "unreadable metadata"),
+        ({"json_value": b"[1]"}, "unreadable metadata"),
+        ({"json_value": b"[" * 100_000}, "unreadable metadata"),
+        ({"json_value": b"\xff"}, "unreadable metadata"),
+        ({"json_value": b'{"caption": "\\ud800"}'}, "unreadable metadata"),
+        ({"json_value": {"caption": 7}}, "unreadable metadata"),
+        ({"json_value": {"source": ["x"]}}, "unreadable metadata"),
+        ({"json_value": {"video": {}}}, "unreadable metadata"),
+        ({"json_value": {"fps": "24"}}, "unreadable metadata"),
+        ({"json_value": {"fps": -1}}, "unreadable metadata"),
+        ({"json_value": {"fps": 1e300}}, "unreadable metadata"),
+        ({"txt": b"\xff\xfe"}, "unreadable metadata"),
+        ({"mp4": b"no video at all"}, "unreadable video"),
+        ({"mp4": VIDEO[: len(VIDEO) // 2]}, "unreadable video"),
+    ],
+)
+def test_a_bad_sample_is_quarantined_by_its_key(tmp_path, parts, cause):
+    problem = one_row(Store(tmp_path), **parts)
+    assert (problem.cause, problem.name, problem.shard) == (cause, "a", "shard-000000.tar")
+    assert problem.reason
+
+
+def test_frame_rate_of_the_json_counts_for_videos_alone(tmp_path):
+    assert one_row(Store(tmp_path), {"fps": 12})["fps"] == 12
+    assert one_row(Store(tmp_path), {"fps": 0})["fps"] == 8
+    write_shards(Store(tmp_path), [{"__key__": "s", "png": still_bytes(), "json": {"fps": 12}}], 1)
+    (row,) = index_here(Store(tmp_path))["shard-000000.tar"].table.to_pylist()
+    assert (row["num_frames"], row["fps"], row["height"], row["width"]) == (1, 1.0, 20, 30)
+
+
+def messy_shards(store):
+    """Two shards with one of each mishap."""
+    write_tar(
+        store,
+        "a/messy.tar",
+        [
+            ("good.mp4", VIDEO),
+            ("good.json", b'{"caption": "one", "score": 1}'),
+            ("bare.mp4", VIDEO),
+            ("good.mp4", VIDEO[:100]),
+            ("broken.mp4", b"noise" * 300),
+            ("broken.txt", b"a caption"),
+            ("still.png", still_bytes()),
+            ("lonely.txt", b"no clip"),
+            ("vid.v1.mp4", VIDEO),
+            ("vid.v2.mp4", VIDEO),
+            ("../up.mp4", VIDEO),
+            ("empty.mp4", b""),
+            ("weights.npy", b"x"),
+        ],
+    )
+    clean_shards(store.child("b"), 1)
+    cut = store.read("b/shard-000000.tar")
+    members = index_shard(store.url, "b/shard-000000.tar", CONFIG).table["offset"].to_pylist()
+    store.write("b/shard-000000.tar", cut[: members[1] + 40])
+
+
+def test_index_of_messy_shards(tmp_path):
+    store, manifest_url = Store(tmp_path / "shards"), str(tmp_path / "manifest")
+    messy_shards(store)
+    report = write_index(store.url, manifest_url, index_here(store), CONFIG)
+    manifest = read_manifest(manifest_url)
+    assert sorted(manifest.table["key"].to_pylist()) == [
+        "bare",
+        "clip-0000",
+        "good",
+        "still",
+        "vid.v1",
+        "vid.v2",
+    ]
+    assert report.failures == {
+        "duplicate key": 1,
+        "empty file": 1,
+        "no video": 2,
+        "truncated": 1,
+        "unreadable video": 1,
+        "unsafe member": 1,
+    }
+    assert (report.num_clips, report.num_shards, report.num_stills) == (6, 2, 1)
+    assert report.num_train + report.num_heldout == 6
+    assert report.num_uncaptioned == 4
+    assert report.num_ignored == 1
+    assert report.duration_s == pytest.approx(5 * 4 / 8)
+    assert report.resolutions == {"48x32": 5, "30x20": 1}
+    assert report.fingerprint == manifest.fingerprint
+    quarantine = json.loads(Store(manifest_url).read("quarantine.json"))
+    assert len(quarantine) == 7
+    broken = next(entry for entry in quarantine if entry["cause"] == "unreadable video")
+    assert (broken["shard"], broken["name"]) == ("a/messy.tar", "broken")
+    commit = json.loads(Store(manifest_url).read("manifest.json"))
+    assert commit["failures"] == report.failures
+    scores = {r["key"]: r["score"] for r in manifest.table.to_pylist()}
+    assert scores == {"good": 1.0, "clip-0000": 0.0} | dict.fromkeys(
+        ("bare", "still", "vid.v1", "vid.v2")
+    )
+
+
+def test_the_report_is_one_screen(tmp_path):
+    store = Store(tmp_path / "shards")
+    messy_shards(store)
+    report = write_index(store.url, str(tmp_path / "manifest"), index_here(store), CONFIG)
+    text = str(report)
+    assert len(text.splitlines()) < 25
+    assert "6 clips of 2 shards" in text
+    assert "'broken'" in text
+    many = dataclasses.replace(report, problems=report.problems * 50)
+    assert len(str(many).splitlines()) < 40
+    assert "raise data.index.heldout_fraction" in str(dataclasses.replace(report, num_heldout=0))
+
+
+def test_manifest_does_not_depend_on_the_order_of_tasks(tmp_path):
+    store = Store(tmp_path / "shards")
+    clean_shards(store, 4)
+    messy_shards(store)
+    names = [name for name in store.list() if name.endswith(".tar")]
+    tables, quarantines = [], []
+    for order in (names, names[::-1], random.Random(1).sample(names, len(names))):
+        target = Store(tmp_path / "manifest")
+        write_index(store.url, target.url, index_here(store, names=order), CONFIG)
+        tables.append(read_manifest(target))
+        quarantines.append(target.read("quarantine.json"))
+    assert len({manifest.fingerprint for manifest in tables}) == 1
+    assert len(set(quarantines)) == 1
+
+
+def test_split_and_ids_stay_when_shards_are_added(tmp_path):
+    store = Store(tmp_path / "shards")
+    clean_shards(store, 3)
+    write_index(store.url, str(tmp_path / "old"), index_here(store), CONFIG)
+    clean_shards(store, 3, first=3)
+    write_index(store.url, str(tmp_path / "new"), index_here(store), CONFIG)
+    old, new = read_manifest(str(tmp_path / "old")), read_manifest(str(tmp_path / "new"))
+    assert (len(old), len(new)) == (9, 18)
+    is_old = pc.is_in(new.table["clip_id"], old.table["clip_id"].combine_chunks())
+    assert new.table.filter(is_old).equals(old.table)
+    split_of = {}
+    for row in new.table.to_pylist():
+        assert split_of.setdefault(row["video"], row["split"]) == row["split"]
+    assert set(split_of.values()) == {"train", "heldout"}
+
+
+def test_scores_beyond_the_limit_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(index_module, "MAX_SCORES", 2)
+    store = Store(tmp_path / "shards")
+    scores = [{"a": 1, "b": 1}, {"b": 2, "c": 2}, {"b": 3, "c": 3}]
+    samples = [{"__key__": f"k{i}", "mp4": VIDEO, "json": s} for i, s in enumerate(scores)]
+    write_shards(store, samples, 1)
+    report = write_index(store.url, str(tmp_path / "manifest"), index_here(store), CONFIG)
+    assert read_manifest(str(tmp_path / "manifest")).scores == ("b", "c")
+    assert report.failures == {"too many scores": 1}
+    assert "left out: a" in report.problems[0].reason
+
+
+def test_no_clip_at_all(tmp_path):
+    store = Store(tmp_path / "shards")
+    write_tar(store, "x.tar", [("a.mp4", b"noise" * 99)])
+    with pytest.raises(ValueError, match=r"1 shards hold no clip, first: .*unreadable video"):
+        write_index(store.url, str(tmp_path / "manifest"), index_here(store), CONFIG)
+    assert Store(tmp_path / "manifest").list() == []
+
+
+def test_wrong_folders_and_numbers_name_themselves(tmp_path):
+    with pytest.raises(ValueError, match=r"file://.*/none' has no file that ends in \.tar"):
+        index(str(tmp_path / "none"), str(tmp_path / "manifest"))
+    Store(tmp_path).write("x.tar.gz", b"\x1f\x8b")
+    with pytest.raises(ValueError, match="has compressed shards"):
+        index(str(tmp_path), str(tmp_path / "manifest"))
+    with pytest.raises(ValueError, match="heldout_fraction=1"):
+        IndexConfig(heldout_fraction=1)
+    with pytest.raises(ValueError, match="must be a name"):
+        IndexConfig(source="")
+
+
+def test_a_shard_that_is_gone_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        index_shard(str(tmp_path), "gone.tar", CONFIG)
+
+
+def test_shards_are_indexed_alike_by_threads(tmp_path):
+    store = Store(tmp_path / "shards")
+    names = clean_shards(store, 3)
+    with ThreadPoolExecutor(3) as pool:
+        parts = list(pool.map(lambda name: index_shard(store.url, name, CONFIG), names))
+    assert all(isinstance(part, ShardIndex) for part in parts)
+    assert pa.concat_tables([p.table for p in parts]).equals(
+        pa.concat_tables([p.table for p in index_here(store).values()])
+    )
+
+
+@pytest.fixture
+def two_cpus():
+    # A short path, since Ray's sockets lie below it; and never a Ray that happens to run here.
+    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
+        try:
+            yield ray.init(
+                "local",
+                num_cpus=2,
+                include_dashboard=False,
+                object_store_memory=100 << 20,
+                _temp_dir=folder,
+                log_to_driver=False,
+            )
+        finally:
+            ray.shutdown()
+
+
+@pytest.mark.slow
+def test_index_on_ray(tmp_path, two_cpus):
+    store = Store(tmp_path / "shards")
+    clean_shards(store, 4)
+    messy_shards(store)
+    progress = []
+    report = index(store.url, str(tmp_path / "ray"), CONFIG, lambda *at: progress.append(at))
+    here = write_index(store.url, str(tmp_path / "here"), index_here(store), CONFIG)
+    assert report.fingerprint == here.fingerprint
+    assert report.problems == here.problems
+    assert progress == [(i + 1, 6) for i in range(6)]
+    again = index(store.url, str(tmp_path / "ray"), CONFIG)
+    assert again.fingerprint == report.fingerprint
+    assert read_manifest(str(tmp_path / "ray")).table.equals(
+        read_manifest(str(tmp_path / "here")).table
+    )
+
+    with pytest.raises(RuntimeError, match=r"gone\.tar"):
+        index_module._index_on_ray(
+            store.url, [Unit("gone.tar")], CONFIG, Store(tmp_path / "ray"), lambda *at: None
+        )
+
+
+@functools.cache
+def large_video(container="mp4", faststart=False):
+    """A clip of megabytes, whose header lies at its end or at its beginning."""
+    rng = np.random.default_rng(3)
+    frames = rng.integers(0, 255, (40, 200, 300, 3), np.uint8)
+    source = io.BytesIO(encode(frames, 10.0, crf=5))
+    options = {"movflags": "faststart"} if faststart else {}
+    with tempfile.NamedTemporaryFile() as sink:
+        with (
+            av.open(source) as old,
+            av.open(sink.name, "w", format=container, options=options) as new,
+        ):
+            stream = new.add_stream_from_template(old.streams.video[0])
+            for packet in old.demux(old.streams.video[0]):
+                if packet.dts is not None:
+                    packet.stream = stream
+                    new.mux(packet)
+        return sink.read()
+
+
+class Watched:
+    """Counts the bytes that are read of a store."""
+
+    def __init__(self, monkeypatch):
+        self.size_bytes = 0
+        read_range = Store.read_range
+
+        def counted(store, name, offset, size_bytes):
+            self.size_bytes += size_bytes
+            return read_range(store, name, offset, size_bytes)
+
+        monkeypatch.setattr(Store, "read_range", counted)
+
+
+@pytest.mark.parametrize("faststart", [False, True])
+def test_of_a_large_clip_the_beginning_and_the_header_are_read(tmp_path, monkeypatch, faststart):
+    data = large_video(faststart=faststart)
+    assert len(data) > 2 << 20
+    store = Store(tmp_path)
+    write_shards(store, [{"__key__": "a", "mp4": data}, {"__key__": "b", "mp4": VIDEO}], 2)
+    watched = Watched(monkeypatch)
+    by_range = index_shard(store.url, "shard-000000.tar", CONFIG).table.to_pylist()
+    assert watched.size_bytes < 1 << 20
+    whole = dataclasses.replace(CONFIG, checksum=True)
+    in_full = index_shard(store.url, "shard-000000.tar", whole).table.to_pylist()
+    assert watched.size_bytes > len(data)
+    assert by_range[1] == in_full[1]
+    checked = by_range[0].pop("checked_bytes")
+    assert by_range[0].pop("checksum") == checksum(data[:checked])
+    assert (in_full[0].pop("checked_bytes"), in_full[0].pop("checksum")) == (
+        len(data),
+        checksum(data),
+    )
+    assert by_range[0] == in_full[0]
+    assert by_range[0]["num_frames"] == 40
+
+
+@pytest.mark.parametrize("container", ["mkv", "noise", "cut"])
+def test_what_the_header_does_not_say_is_read(tmp_path, container):
+    """Matroska counts no frames; and what is wrong is said of the whole clip."""
+    data = large_video()
+    if container == "noise":
+        data = data[: len(data) - 5000] + bytes(5000)
+    elif container == "cut":
+        data = data[: len(data) * 3 // 4]
+    else:
+        data = large_video("matroska")
+    store = Store(tmp_path)
+    write_shards(store, [{"__key__": "a", "mkv" if container == "mkv" else "mp4": data}], 1)
+    found = [
+        index_shard(store.url, "shard-000000.tar", dataclasses.replace(CONFIG, checksum=full))
+        for full in (False, True)
+    ]
+    assert found[0].problems == found[1].problems
+    assert [row["num_frames"] for row in found[0].table.to_pylist()] == [
+        row["num_frames"] for row in found[1].table.to_pylist()
+    ]
+    assert bool(found[0].problems) == (container in ("noise", "cut"))
+
+
+LINES = [
+    {"path": "a/one.mp4", "caption": "one", "source": "films", "video": "film-1", "motion": 0.5},
+    {"path": "a/two.mov", "caption": "two", "source": "films", "video": "film-1", "motion": 2},
+    {"path": "three.png", "caption": None, "source": None, "video": None, "motion": None},
+    {"path": "gone.mp4", "caption": "x", "source": None, "video": None, "motion": None},
+    {"path": "empty.mp4", "caption": "x", "source": None, "video": None, "motion": None},
+    {"path": "words.txt", "caption": "x", "source": None, "video": None, "motion": None},
+]
+
+
+def write_table(path, rows):
+    table = pa.Table.from_pylist(rows)
+    if path.suffix == ".parquet":
+        pq.write_table(table, path)
+    elif path.suffix == ".csv":
+        pyarrow.csv.write_csv(table, path)
+    else:
+        path.write_text("\n".join(json.dumps(row) for row in rows))
+
+
+def loose_files(folder):
+    (folder / "a").mkdir(parents=True)
+    (folder / "a/one.mp4").write_bytes(VIDEO)
+    (folder / "a/two.mov").write_bytes(video_bytes(6))
+    (folder / "three.png").write_bytes(still_bytes())
+    (folder / "empty.mp4").write_bytes(b"")
+    (folder / "words.txt").write_bytes(b"words")
+
+
+def index_table(path, manifest_url, config=CONFIG):
+    root, units = list_units(str(path))
+    found = {unit.name: unit.index(root, config) for unit in units}
+    return write_index(root, str(manifest_url), found, config)
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet", "jsonl"])
+def test_loose_files_of_a_table(tmp_path, kind):
+    files = tmp_path / "files"
+    loose_files(files)
+    write_table(files / f"clips.{kind}", LINES)
+    report = index_table(files / f"clips.{kind}", tmp_path / "manifest")
+    rows = {row["key"]: row for row in read_manifest(str(tmp_path / "manifest")).table.to_pylist()}
+    assert sorted(rows) == ["a/one.mp4", "a/two.mov", "three.png"]
+    one = rows["a/one.mp4"]
+    assert (one["captions"], one["source"], one["video"]) == (["one"], "films", "film-1")
+    assert (one["motion"], one["offset"], one["num_frames"]) == (0.5, 0, 4)
+    assert rows["a/two.mov"]["num_frames"] == 6
+    assert rows["three.png"]["captions"] == [""]
+    assert report.failures == {"empty file": 1, "missing file": 1, "no video": 1}
+    manifest = read_manifest(str(tmp_path / "manifest"))
+    assert manifest.shards_url == f"file://{files}"
+    where, name = Store(manifest.shards_url).at(one["shard"])
+    assert where.read_range(name, one["offset"], one["size_bytes"]) == VIDEO
+
+
+def test_a_table_names_files_elsewhere_by_url(tmp_path):
+    loose_files(tmp_path / "files")
+    (tmp_path / "list").mkdir()
+    paths = [f"file://{tmp_path}/files/a/one.mp4", "../files/a/two.mov"]
+    write_table(tmp_path / "list/clips.csv", [{"path": path} for path in paths])
+    index_table(tmp_path / "list/clips.csv", tmp_path / "manifest")
+    rows = read_manifest(str(tmp_path / "manifest")).table.to_pylist()
+    assert {row["shard"] for row in rows} == {
+        f"file://{tmp_path}/files/a/one.mp4",
+        f"file://{tmp_path}/files/a/two.mov",
+    }
+    where, name = Store(tmp_path / "list").at(rows[0]["shard"])
+    assert len(where.read(name)) == rows[0]["size_bytes"]
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "words"),
+    [
+        ("x.csv", None, "is not a table of files"),
+        ("x.parquet", b"noise", "is not a table of files"),
+        ("x.jsonl", b'{"path": ', "is not a table of files"),
+        ("x.csv", b"file,caption\na.mp4,one\n", "lacks the column path; it has file, caption"),
+        ("x.csv", b"path,caption\na.mp4,one\na.mp4,two\n", "lists a.mp4 twice"),
+        ("x.csv", b"path,caption\n,one\n", "has an empty path"),
+        ("x.csv", b"path,caption\n", "lists no file"),
+    ],
+)
+def test_a_wrong_table_says_what_is_wrong(tmp_path, name, rows, words):
+    if rows is not None:
+        (tmp_path / name).write_bytes(rows)
+    with pytest.raises(ValueError, match=words):
+        list_units(str(tmp_path / name))
+
+
+def test_long_videos_are_cut_into_equal_clips(tmp_path):
+    store = Store(tmp_path / "shards")
+    lengths = {"short": 8, "exact": 16, "long": 17, "longer": 50}
+    samples = [
+        {"__key__": key, "mp4": video_bytes(frames), "json": {"motion": frames}}
+        for key, frames in lengths.items()
+    ]
+    write_shards(store, samples, 4)
+    plain = write_index(store.url, str(tmp_path / "plain"), index_here(store), CONFIG)
+    assert plain.num_clips == 4
+    config = dataclasses.replace(CONFIG, max_seconds=2.0)  # of 8 frames
+    report = write_index(store.url, str(tmp_path / "cut"), index_here(store), config)
+    rows = read_manifest(str(tmp_path / "cut")).table.to_pylist()
+    stretches = {
+        key: sorted((r["first_frame"], r["num_frames"]) for r in rows if r["key"] == key)
+        for key in lengths
+    }
+    assert stretches == {
+        "short": [(0, 8)],
+        "exact": [(0, 16)],
+        "long": [(0, 8), (8, 9)],
+        "longer": [(0, 12), (12, 13), (25, 12), (37, 13)],
+    }
+    assert report.num_clips == len({row["clip_id"] for row in rows}) == 8
+    for key in lengths:  # one video, one split
+        assert len({(r["split"], r["video"]) for r in rows if r["key"] == key}) == 1
+    uncut = {
+        r["key"]: r["clip_id"] for r in read_manifest(str(tmp_path / "plain")).table.to_pylist()
+    }
+    assert {r["clip_id"] for r in rows} & set(uncut.values()) == {uncut["short"], uncut["exact"]}
+
+
+def test_what_was_found_in_a_shard_is_kept_to_the_byte(tmp_path):
+    store = Store(tmp_path / "shards")
+    messy_shards(store)
+    found = index_shard(store.url, "a/messy.tar", CONFIG)
+    kept = found.to_parquet("this shard")
+    assert made_of(kept) == "this shard"
+    back = ShardIndex.from_parquet(kept)
+    assert back.table.equals(found.table)
+    assert (back.problems, back.num_ignored) == (found.problems, found.num_ignored)
+
+
+@pytest.mark.slow
+def test_an_index_goes_on_where_it_was(tmp_path, two_cpus):
+    """Shards that are as they were are not read again; others are, and added ones."""
+    store, kept = Store(tmp_path / "shards"), Store(tmp_path / "manifest")
+    clean_shards(store, 3)
+    index(store.url, kept.url, CONFIG)
+    names = [name for name in kept.list() if name.startswith("shards/")]
+    assert len(names) == 3
+    for name in names:  # make what is kept recognisable
+        data = kept.read_buffer(name)
+        marked = dataclasses.replace(ShardIndex.from_parquet(data), num_ignored=100)
+        kept.write(name, marked.to_parquet(made_of(data)))
+    kept.delete(names[0])  # as if it had been interrupted before this one
+    kept.delete("manifest.json")
+    assert index(store.url, kept.url, CONFIG).num_ignored == 200
+    first = read_manifest(kept)
+
+    clean_shards(store, 1, first=3)
+    samples = [{"__key__": "new", "mp4": video_bytes(7), "json": {"caption": "another"}}]
+    write_shards(store, samples, 1, first_shard=0)
+    report = index(store.url, kept.url, CONFIG)
+    assert report.num_clips == 1 + 3 + 3 + 3
+    assert report.num_ignored in (100, 200)  # what was replaced may be the one read just now
+    second = read_manifest(kept)
+    same = [row for row in first.table.to_pylist() if row["shard"] != "shard-000000.tar"]
+    assert all(row in second.table.to_pylist() for row in same)
+    in_full = index(store.url, kept.url, dataclasses.replace(CONFIG, checksum=True))
+    assert in_full.num_ignored == 0
