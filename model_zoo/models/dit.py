@@ -62,16 +62,16 @@ class DiTConfig:
 
     `patch_size`: latent positions in time, height and width that make one token; whoever feeds the
     model patchifies. More than one in time is ViViT's tubelet embedding (Arnab et al. 2021, sec.
-    3.2); its uniform frame sampling is one in time and a lower `fps` of the data's views. `rope_theta`:
-    base of the rotary frequencies. `gate_init`: where the gates of attention and feed-forward
-    start; 0 is adaLN-zero (Peebles and Xie 2023), the safe choice at scale, while .3 lets a small
-    model learn sooner. `qk_norm`: over each "head", or over the whole "width" as Wan.
+    3.2); its uniform frame sampling is one in time and a lower `fps` of the data's views.
+    `rope_theta`: base of the rotary frequencies. `gate_init`: where the gates of attention and
+    feed-forward start; 0 is adaLN-zero (Peebles and Xie 2023), the safe choice at scale, while .3
+    lets a small model learn sooner. `qk_norm`: over each "head", or over the whole "width" as Wan.
     `pooled_text`: the mean text token joins the time embedding. `gelu`: "tanh" as Wan, or "none"
     for the exact one. `text_depth`, `text_max_length`: layers and positions of the encoder of text
-    ids; unused where text comes as embeddings. `attention`: see `choose_backend`.
-    `attention_span`: self-attention sees the "full" clip, or with "alternate" a time step in even
-    blocks and a place over time in odd ones. That is Latte's variant 1 (Ma et al. 2024); model 3 of
-    ViViT (sec. 3.3) has both in every block.
+    ids; unused where text comes as embeddings. `attention`: see `choose_backend`. `attention_span`:
+    self-attention sees the "full" clip, or with "alternate" a time step in even blocks and a place
+    over time in odd ones. That is Latte's variant 1 (Ma et al. 2024); model 3 of ViViT (sec. 3.3)
+    has both in every block.
     """
 
     hidden_size: int

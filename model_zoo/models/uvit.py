@@ -47,9 +47,10 @@ class UViTConfig:
     """Size and options of a `UViT`; `build` makes it.
 
     `depth` counts all blocks, an odd number: as many before the middle one as after it.
-    `patch_size`: latent positions in time, height and width that make one token. `gelu`: "none", the
-    exact one, as published, or "tanh". `text_depth`, `text_max_length`: layers and positions of the encoder of
-    text ids; unused where text comes as embeddings. `attention`: see `choose_backend`.
+    `patch_size`: latent positions in time, height and width that make one token. `gelu`: "none",
+    the exact one, as published, or "tanh". `text_depth`, `text_max_length`: layers and positions of
+    the encoder of text ids; unused where text comes as embeddings. `attention`: see
+    `choose_backend`.
     """
 
     hidden_size: int
