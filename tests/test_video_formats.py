@@ -7,6 +7,8 @@ and BT.2020 in this file, so that no colour conversion of FFmpeg's makes what it
 
 import io
 import struct
+import subprocess
+import sys
 import zlib
 from collections.abc import Sequence
 from fractions import Fraction
@@ -15,7 +17,7 @@ import av
 import numpy as np
 import pytest
 from av.filter import Graph
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 
 from framework import video
 from framework.data.shards.ranged_file import RangedFile
@@ -557,6 +559,54 @@ def test_exif_orientation(kind: str, orientation: int) -> None:
     exif[0x0112] = orientation  # EXIF 2.32, 4.6.4: Orientation
     exif[0x010F] = "a camera"
     assert_as_pillow_shows(still(kind, exif=exif, quality=95))
+
+
+COLLECTED = """
+import gc, sys
+from framework.video import decode, probe
+for line in sys.stdin:
+    data = bytes.fromhex(line)
+    for _ in range(3):
+        info = probe(data)
+        gc.collect()
+        decode(data, [0], info.height, info.width)
+        gc.collect()
+    print(info.height, info.width, flush=True)
+"""
+
+
+def test_an_icc_profile_leaves_the_process_alive() -> None:
+    """PyAV 18.1 frees some side data twice, at a garbage collection: in a process of its own."""
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    stills, sizes = [], []
+    for kind in ("PNG", "WEBP", "JPEG"):
+        for orientation in (None, *range(1, 9)):
+            exif = Image.Exif()
+            if orientation is not None:
+                exif[0x0112] = orientation
+            data = still(kind, exif=exif, quality=95, icc_profile=profile)
+            assert Image.open(io.BytesIO(data)).info["icc_profile"] == profile
+            height, width = (WIDTH, HEIGHT) if (orientation or 1) > 4 else (HEIGHT, WIDTH)
+            stills.append(data)
+            sizes.append(f"{height} {width}")
+    in_mov = io.BytesIO()
+    with av.open(io.BytesIO(stills[0])) as source, av.open(in_mov, "w", format="mov") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        packet = next(source.demux(video=0))
+        packet.stream = stream
+        target.mux(packet)
+    files = [in_mov.getvalue(), *stills]
+    child = subprocess.run(
+        [sys.executable, "-c", COLLECTED],
+        input="\n".join(data.hex() for data in files),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert child.returncode == 0, child.stderr
+    assert child.stdout.splitlines() == [sizes[0], *sizes]
+    for data in stills:  # it lives, so that this process may read them too
+        assert_as_pillow_shows(data)
 
 
 def huge_png() -> bytes:
