@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test test-fast lint bench clean
+.PHONY: setup demo test test-fast test-isa lint bench clean
 
 setup: $(READY)
 
@@ -42,6 +42,19 @@ test: lint
 
 test-fast: $(READY)
 	$(PYTEST) -m "not slow" $(ARGS)
+
+# Float32 sums round in another order under each instruction set that torch has kernels for: the
+# tests that compare networks hold under each one that this machine has.
+ISAS = default $(shell grep -owm1 avx2 /proc/cpuinfo) \
+	$(shell grep -qwm1 avx512vl /proc/cpuinfo && echo avx512)
+ISA_TESTS := tests/model_zoo tests/diffusion \
+	tests/export/test_export.py::test_diffusers_loads_a_wan_and_computes_the_same
+
+test-isa: $(READY)
+	set -e; for isa in $(ISAS); do \
+		echo "instruction set: $$isa"; \
+		ATEN_CPU_CAPABILITY=$$isa $(PYTEST) -m "not slow" $(ISA_TESTS) $(ARGS); \
+	done
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from moto.server import ThreadedMotoServer
+from torch import Tensor
 
 from framework.data.config import IndexConfig, SyntheticConfig
 from framework.data.index.job import write_index
@@ -45,6 +46,16 @@ SMALL_LINE = (
     "evaluate.validation_packs=2",
     "sampler.num_steps=2",
 )
+
+
+def relative_l2(ours: Tensor, theirs: Tensor) -> float:
+    """|ours - theirs| / |theirs|, of tensors of the same shape.
+
+    Sums in float32 round in another order under each instruction set. The largest difference grows
+    with the outputs' size and number; this does not: some 1e-6.
+    """
+    assert ours.shape == theirs.shape
+    return ((ours - theirs).norm() / theirs.norm().clamp(min=1e-6)).item()
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file
-from torch import Tensor
 
 from model_zoo.convert import (
     WEIGHTS,
@@ -21,6 +20,7 @@ from model_zoo.convert import (
 )
 from model_zoo.models.dit import DiTConfig
 from model_zoo.patchify import patchify, unpatchify
+from tests.conftest import relative_l2
 
 CHANNELS, TEXT_DIM = 3, 10
 # Latent sizes (frames, height, width) and text lengths of the clips of a pack.
@@ -44,11 +44,6 @@ def reference(head_dim: int, **options) -> WanTransformer3DModel:
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
     return model
-
-
-def same(name: str, ours: Tensor, theirs: Tensor, tolerance: float) -> None:
-    difference = (ours - theirs).norm() / theirs.norm().clamp(min=1e-6)
-    assert difference < tolerance, (name, float(difference))
 
 
 @pytest.mark.parametrize("head_dim", [12, 128])
@@ -75,13 +70,13 @@ def test_a_pack_is_what_wan_makes_of_each_clip(make_pack, head_dim: int, patch) 
         text = pack.text[pack.cu_text[i] : pack.cu_text[i + 1]]
         out = wan(clip[None], 1000 * t[i : i + 1], text[None], return_dict=False)[0][0]
         here = slice(starts[i], starts[i + 1])
-        assert (together[here] - patchify(out, patch)).abs().max() < 1e-5
+        assert relative_l2(together[here], patchify(out, patch)) < 1e-5
         weight = unpatchify(upstream[here], grids[i], patch, CHANNELS, CLIPS[i][0])
         (out * weight).sum().backward()
 
     gradients = {name: parameter.grad for name, parameter in wan.named_parameters()}
     for name, gradient in from_wan(gradients, shape).items():
-        same(name, ours.get_parameter(name).grad, gradient, 1e-4)
+        assert relative_l2(ours.get_parameter(name).grad, gradient) < 1e-4, name
 
 
 def test_both_ways_are_exact_and_whole() -> None:
