@@ -16,21 +16,34 @@ import re
 import time
 import uuid
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 from urllib.parse import quote, urlsplit
 
 from pyarrow import Buffer, NativeFile, fs
 
 T = TypeVar("T")
 
-# Chosen by hand. A command tries for as long as a person waits; it rides out the restart of a proxy
-# or a SlowDown. Training tries for longer, see `be_patient`: a store that is away for a minute or
-# two costs less than a restart. A try that hangs takes long by itself (Arrow's own time-outs and
-# retries), so no new one begins this late.
-DEADLINE_S = 20.0
-PATIENT_DEADLINE_S = 240.0
-FIRST_DELAY_S, MAX_DELAY_S = 0.5, 8.0
+
+@dataclass(frozen=True)
+class RetryPolicy:
+    """How long an action is tried again after a transient error, and how long between two tries.
+
+    No try begins later than `deadline_s`. One that hangs takes long by itself: Arrow has time-outs
+    and retries of its own. A pause is twice as long as the one before it, up to `max_delay_s`.
+    """
+
+    deadline_s: float
+    first_delay_s: float = 0.5
+    max_delay_s: float = 8.0
+
+
+# Chosen by hand. A command tries for as long as a person waits: long enough for a proxy's restart
+# or a SlowDown. In training, a store that is away for a minute or two costs less than a restart.
+COMMAND = RetryPolicy(deadline_s=20.0)
+TRAINING = RetryPolicy(deadline_s=240.0)
+
 MAX_OPEN_FILES = 64  # readers of remote objects that a process keeps
 _open_files: dict[tuple[str, str], NativeFile] = {}
 _SCHEMES = ("file", "s3", "gs")
@@ -91,12 +104,6 @@ def join_url(url: str | Path, *names: str) -> str:
     return joined
 
 
-def be_patient() -> None:
-    """From here on, this process keeps trying for PATIENT_DEADLINE_S."""
-    global DEADLINE_S
-    DEADLINE_S = PATIENT_DEADLINE_S
-
-
 def is_transient(error: OSError) -> bool:
     """Whether the same action may succeed later."""
     return not (
@@ -106,9 +113,9 @@ def is_transient(error: OSError) -> bool:
     )
 
 
-def with_retries(action: Callable[[], T]) -> T:
-    """Run `action`, again after a transient OSError, with jittered back-off, until DEADLINE_S."""
-    deadline, delay_s = time.monotonic() + DEADLINE_S, FIRST_DELAY_S
+def with_retries(action: Callable[[], T], retry: RetryPolicy) -> T:
+    """Run `action`, again after a transient OSError, with jittered back-off."""
+    deadline, delay_s = time.monotonic() + retry.deadline_s, retry.first_delay_s
     while True:
         try:
             return action()
@@ -116,26 +123,38 @@ def with_retries(action: Callable[[], T]) -> T:
             if not is_transient(error) or time.monotonic() > deadline:
                 raise
             time.sleep(delay_s * random.uniform(0.5, 1.5))
-            delay_s = min(2 * delay_s, MAX_DELAY_S)
+            delay_s = min(2 * delay_s, retry.max_delay_s)
 
 
 class Store:
-    """A directory of objects at a URL. Names are relative to it, with `/` between parts."""
+    """A directory of objects at a URL. Names are relative to it, with `/` between parts.
 
-    def __init__(self, url: str | Path) -> None:
+    Stores made from this one, and its pickled copies, have its retry policy. Two stores are equal
+    where URL and policy are.
+    """
+
+    def __init__(self, url: str | Path, retry: RetryPolicy = COMMAND) -> None:
         """`url`: a path, or a `file://`, `s3://` or `gs://` URL; it need not exist yet."""
         self.url = normalize_url(url)
+        self.retry = retry
         self._fs: fs.FileSystem | None = None
         self._root = ""
 
     def __repr__(self) -> str:
         return f"Store({self.url!r})"
 
-    def __getstate__(self) -> dict[str, str]:
-        return {"url": self.url}
+    def __eq__(self, other: object) -> bool:
+        same_type = isinstance(other, Store) and type(self) is type(other)
+        return same_type and (self.url, self.retry) == (other.url, other.retry)
 
-    def __setstate__(self, state: dict[str, str]) -> None:
-        Store.__init__(self, state["url"])
+    def __hash__(self) -> int:
+        return hash((self.url, self.retry))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"url": self.url, "retry": self.retry}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        Store.__init__(self, state["url"], state["retry"])
 
     @property
     def fs(self) -> fs.FileSystem:
@@ -157,7 +176,7 @@ class Store:
     def _do(self, action: Callable[[], T]) -> T:
         """`with_retries`; where access is denied or there is no bucket, the error says more."""
         try:
-            return with_retries(action)
+            return with_retries(action, self.retry)
         except OSError as error:
             words = str(error)
             if any(word in words for word in _DENIED_WORDS):
@@ -177,14 +196,18 @@ class Store:
 
     def child(self, *names: str) -> "Store":
         """The store one or more folders down."""
-        return Store(join_url(self.url, *names))
+        return Store(join_url(self.url, *names), self.retry)
+
+    def with_retry(self, retry: RetryPolicy) -> "Store":
+        """The same folder under another policy."""
+        return Store(self.url, retry)
 
     def at(self, name: str) -> tuple["Store", str]:
         """Store and name of an object; `name` may also be an absolute URL."""
         if "://" not in name:
             return self, name
         folder, _, name = name.rpartition("/")
-        return _store(folder), name
+        return _store(folder, self.retry), name
 
     @property
     def is_local(self) -> bool:
@@ -330,5 +353,5 @@ class Store:
 
 
 @functools.lru_cache(maxsize=64)
-def _store(url: str) -> Store:
-    return Store(url)
+def _store(url: str, retry: RetryPolicy) -> Store:
+    return Store(url, retry)

@@ -1,36 +1,41 @@
 import errno
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from framework import storage
 from framework.data.config import IndexConfig
 from framework.data.index.job import write_index
 from framework.data.index.listing import list_units
 from framework.data.index.shard import index_shard
 from framework.data.manifest.table import read_manifest
 from framework.data.shards.tar import read_members, write_shards
-from framework.storage import Store, join_url, normalize_url, with_retries
+from framework.storage import (
+    COMMAND,
+    TRAINING,
+    RetryPolicy,
+    Store,
+    join_url,
+    normalize_url,
+    with_retries,
+)
 from framework.video import encode
 
-
-@pytest.fixture(autouse=True)
-def _no_delay(monkeypatch):
-    monkeypatch.setattr(storage, "FIRST_DELAY_S", 0.001)
+SOON = replace(COMMAND, first_delay_s=0.001)
 
 
 @pytest.fixture
 def s3_store(s3_bucket):
     """A store in an empty bucket of a real S3 server."""
-    return Store(f"{s3_bucket}/a prefix#1")
+    return Store(f"{s3_bucket}/a prefix#1", SOON)
 
 
 @pytest.fixture(params=["file", "s3"])
 def store(request, tmp_path):
     if request.param == "file":
-        return Store(tmp_path / "a folder#1%20é")
+        return Store(tmp_path / "a folder#1%20é", SOON)
     return request.getfixturevalue("s3_store")
 
 
@@ -96,8 +101,46 @@ def test_a_large_object_and_a_stream(store):
 def test_a_store_survives_pickling(store):
     store.write("x", b"1")
     copy = pickle.loads(pickle.dumps(store))
-    assert copy.url == store.url
+    assert copy == store
     assert copy.read("x") == b"1"
+
+
+def test_what_is_made_of_a_store_keeps_its_policy(store):
+    patient = store.with_retry(TRAINING)
+    assert (store.retry, patient.retry) == (SOON, TRAINING)
+    elsewhere, name = patient.at(f"{store.url}/a/x")
+    same, _ = patient.at("x")
+    made = [pickle.loads(pickle.dumps(patient)), patient.child("a", "b"), elsewhere, same]
+    assert [one.retry for one in made] == [TRAINING] * 4
+    assert (elsewhere.url, name) == (store.child("a").url, "x")
+    # The store of a folder is kept by `at`, for each policy by itself.
+    assert store.at(f"{store.url}/a/x")[0].retry == SOON
+    assert Store(store.url).retry == COMMAND
+
+
+def test_stores_are_equal_where_url_and_policy_are(store):
+    other = store.with_retry(TRAINING)
+    assert store == Store(store.url, SOON) != other
+    assert len({store, Store(store.url, SOON), other, store.child("a")}) == 3
+    assert store != store.url
+
+
+def test_a_store_tries_for_as_long_as_its_policy_says(tmp_path):
+    class Away(Store):
+        """Its file system answers no call."""
+
+        calls = 0
+
+        @property
+        def fs(self):
+            self.calls += 1
+            raise OSError("AWS Error NETWORK_CONNECTION")
+
+    stores = Away(tmp_path, RetryPolicy(0.0)), Away(tmp_path, RetryPolicy(0.05, 0.001))
+    for store in stores:
+        with pytest.raises(OSError, match="NETWORK_CONNECTION"):
+            store.exists("x")
+    assert stores[0].calls <= 2 < stores[1].calls
 
 
 def test_shards_on_a_store(store):
@@ -183,10 +226,10 @@ def test_s3_lies_where_the_url_says(s3_store):
 
 
 def test_s3_without_the_bucket_fails_at_once(s3_store):
-    missing = Store("s3://no-such-bucket/x")
+    missing = Store("s3://no-such-bucket/x", SOON)
     calls = []
     with pytest.raises(OSError, match="no such bucket"):
-        with_retries(lambda: (calls.append(1), missing.write("x", b"1")))
+        with_retries(lambda: (calls.append(1), missing.write("x", b"1")), SOON)
     assert len(calls) == 1
     assert missing.list() == []
 
@@ -231,15 +274,14 @@ class Flaky:
 
 def test_retries_ride_out_transient_errors():
     action = Flaky(OSError("SLOW_DOWN"), ConnectionResetError(), TimeoutError())
-    assert with_retries(action) == "done"
+    assert with_retries(action, SOON) == "done"
     assert action.calls == 4
 
 
-def test_retries_have_an_end(monkeypatch):
-    monkeypatch.setattr(storage, "DEADLINE_S", 0.05)
+def test_retries_have_an_end():
     action = Flaky(*[OSError("AWS Error NETWORK_CONNECTION")] * 99)
     with pytest.raises(OSError, match="NETWORK_CONNECTION"):
-        with_retries(action)
+        with_retries(action, RetryPolicy(0.05, 0.001))
     assert 1 < action.calls < 99
 
 
@@ -258,7 +300,7 @@ def test_retries_have_an_end(monkeypatch):
 def test_permanent_errors_are_raised_at_once(error):
     action = Flaky(error)
     with pytest.raises(type(error)):
-        with_retries(action)
+        with_retries(action, SOON)
     assert action.calls == 1
 
 

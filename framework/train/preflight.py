@@ -77,7 +77,7 @@ def check_driver(
     """
     return [
         check_storage(run, checkpoint_bytes),
-        check_shards(shards_url, shard),
+        check_shards(Store(shards_url, run.retry), shard),
         _check_tracker(tracker),
         _check_object_store(streams_mb, object_store_mb),
     ]
@@ -117,18 +117,18 @@ def check_storage(run: Store, checkpoint_bytes: int = 0) -> Check:
     return Check("storage", f"{run.url} written, read and deleted in {took_ms:.0f} ms")
 
 
-def check_shards(shards_url: str, shard: str) -> Check:
+def check_shards(shards: Store, shard: str) -> Check:
     """Read the first byte of one shard."""
     try:
-        store, name = Store(shards_url).at(shard)
+        store, name = shards.at(shard)
         store.read_range(name, 0, 1)
     except (OSError, EOFError) as error:
         return Check(
             "shards",
-            f"{shards_url}: {error}",
+            f"{shards.url}: {error}",
             "put the shards back, give credentials for them, or index again",
         )
-    return Check("shards", f"{shard} in {shards_url} can be read")
+    return Check("shards", f"{shard} in {shards.url} can be read")
 
 
 def _check_tracker(tracker: Tracker) -> Check:
@@ -162,7 +162,8 @@ def check_workers(run: Store, shards_url: str, shard: str, device: torch.device)
     Storage and shards from each rank, versions and code equal on all, shared memory, and an
     all-reduce over all ranks. The last comes only where nothing else failed.
     """
-    own = [check_storage(run), check_shards(shards_url, shard), *_check_shared_memory(device)]
+    shards = Store(shards_url, run.retry)
+    own = [check_storage(run), check_shards(shards, shard), *_check_shared_memory(device)]
     mine = (platform.node(), versions(), own)
     everyone: list[tuple[str, dict[str, str], list[Check]]] = [mine]
     dp_size = distributed.get_world_size() if distributed.is_initialized() else 1

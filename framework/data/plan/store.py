@@ -227,7 +227,7 @@ class Plan:
         if not 0 <= dp_rank < dp_size:
             raise ValueError(f"dp_rank={dp_rank} must lie between 0 and {dp_size - 1}")
         row = self._index_row(epoch, step)
-        rows = _read_rows(self.store.url, epoch, row["window"], row["row_group"])
+        rows = _read_rows(self.store, epoch, row["window"], row["row_group"])
         start, stop = np.searchsorted(rows["step"].to_numpy(), [step, step + 1]).tolist()
         rows = rows.slice(start, stop - start)
         mine = rows.filter(pa.array(rows["pack"].to_numpy() % dp_size == dp_rank))
@@ -273,7 +273,7 @@ class Plan:
 
     def _index(self, epoch: int) -> pa.Table:
         try:
-            return _read_index(self.store.url, epoch)
+            return _read_index(self.store, epoch)
         except FileNotFoundError as error:
             raise NotMadeYet(
                 f"epoch {epoch} of plan {self.digest} is not made yet; make more of the plan"
@@ -289,7 +289,7 @@ class Plan:
 def read_epoch_facts(plan: Store, epoch: int) -> dict[str, Any]:
     """What else the planner says of an epoch; `plan`: the plan's folder. ValueError: not made."""
     try:
-        metadata = _read_index(plan.url, epoch).schema.metadata
+        metadata = _read_index(plan, epoch).schema.metadata
     except FileNotFoundError as error:
         raise ValueError(f"epoch {epoch} of {plan.url} is not made yet; make it first") from error
     facts: dict[str, Any] = json.loads(metadata[b"facts"])
@@ -336,16 +336,16 @@ def epoch_folder(epoch: int) -> str:
 # What is committed never changes, so the caches belong to the process, not to one Plan: tasks that
 # unpickle a plan again and again still read each file once.
 @functools.lru_cache(maxsize=1024)
-def _read_index(url: str, epoch: int) -> pa.Table:
-    return read_table(Store(url), f"{epoch_folder(epoch)}/index.parquet")
+def _read_index(plan: Store, epoch: int) -> pa.Table:
+    return read_table(plan, f"{epoch_folder(epoch)}/index.parquet")
 
 
 @functools.lru_cache(maxsize=2)
-def _read_window(url: str, epoch: int, window: int) -> pa.Buffer:
-    return Store(url).read_buffer(f"{epoch_folder(epoch)}/window-{window:05d}.parquet")
+def _read_window(plan: Store, epoch: int, window: int) -> pa.Buffer:
+    return plan.read_buffer(f"{epoch_folder(epoch)}/window-{window:05d}.parquet")
 
 
 @functools.lru_cache(maxsize=2)
-def _read_rows(url: str, epoch: int, window: int, row_group: int) -> pa.Table:
-    data = _read_window(url, epoch, window)
+def _read_rows(plan: Store, epoch: int, window: int, row_group: int) -> pa.Table:
+    data = _read_window(plan, epoch, window)
     return pq.ParquetFile(pa.BufferReader(data)).read_row_group(row_group)

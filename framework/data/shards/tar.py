@@ -101,7 +101,7 @@ def read_members(store: Store, name: str) -> tuple[list[Member], list[ShardProbl
     with store.open_input(name) as file:
 
         def read_at(offset: int, size_bytes: int) -> bytes:
-            return with_retries(lambda: file.read_at(size_bytes, offset))
+            return with_retries(lambda: file.read_at(size_bytes, offset), store.retry)
 
         for found in _walk(_HeaderFile(read_at, file.size()), name):
             if isinstance(found, ShardProblem):

@@ -31,7 +31,6 @@ from framework.data.config import StreamConfig
 from framework.data.plan.recipe import Recipe
 from framework.data.plan.store import PackPlan, Plan
 from framework.data.stream.collate import Arrays, ClipReader, assemble, to_batch
-from framework.storage import be_patient
 
 FIRST_SEGMENT_STEPS = 4
 
@@ -53,7 +52,6 @@ class _PackLoader:
         return -(-self.plan.recipe.global_batch_packs // self.dp_size)
 
     def __call__(self, row: dict[str, Any]) -> Arrays:
-        be_patient()
         ahead, pack = divmod(int(row["id"]), self.packs_per_step)
         epoch, step = self.plan.locate(self.first_step + ahead)
         packs = _step_packs(self.plan, epoch, step, self.dp_rank, self.dp_size)

@@ -31,7 +31,7 @@ from framework.data.plan.store import Plan
 from framework.run.checkpoint import Checkpoint, Checkpoints
 from framework.run.fence import Fence
 from framework.run.identity import Identity, RunSection, code_version, name_freed_if_refused
-from framework.storage import Store, be_patient
+from framework.storage import TRAINING, Store
 from framework.tracking.run_tracker import open_tracker
 from framework.tracking.tracker import Status
 from framework.train.config import TrainConfig
@@ -137,7 +137,8 @@ def train(job: Job, show: Callable[[Line], None], store: Store) -> Result:
     def fit(num_workers: int, fence: Fence, restarts: int, board: Any) -> None:
         _trainer(job.cluster, num_workers, store, args(fence, restarts, board)).fit()
 
-    be_patient()  # from here on a restart would cost more than to wait
+    # From here on a restart would cost more than to wait.
+    store = store.with_retry(TRAINING)
     ahead = _PlanAhead(job, store)
     attempts = Attempts(store, job.cluster, job.train.steps, show, ahead.check, fit)
     try:

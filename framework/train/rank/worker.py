@@ -7,6 +7,7 @@ latest committed checkpoint, never Ray: Ray's controller may not have heard of t
 import contextlib
 import gc
 import traceback
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -21,7 +22,7 @@ from framework.data.stream.collate import ClipReader, VideoReader
 from framework.data.stream.stream import open_stream
 from framework.run.checkpoint import Checkpoints
 from framework.run.logs import RunLog
-from framework.storage import Store, be_patient
+from framework.storage import COMMAND, TRAINING, Store
 from framework.tracking.run_tracker import open_tracker
 from framework.tracking.tracker import NoTracker, Tracker
 from framework.train.engine.protocol import Engine
@@ -66,20 +67,19 @@ def work(args: WorkerArgs) -> None:
 def _work(rank: Rank, watchdog: Watchdog) -> Tracker:
     """Train; the tracker that rank 0 told of it."""
     args = rank.args
-    if args.restarts:
-        be_patient()
     checks = check_workers(rank.store, args.shards_url, args.first_shard, rank.device)
     if rank.is_first:
         show_checks(checks, "workers", lambda text: rank.tell({"text": text}))
     if why := refusal(checks):
         # What was right at the first start may be right again at the next.
         raise OSError(why) if args.restarts else ValueError(why)
-    be_patient()
+    rank = _patient(rank)
     tracker: Tracker = NoTracker()
     if rank.is_first:
         tracker = open_tracker(args.tracking, rank.store, args.run_name, "rank-0")
 
     reader, steps = args.assembly.reader(args.shards_url), args.train.steps
+    reader = replace(reader, shards=reader.shards.with_retry(TRAINING))
     engine: Engine | None = None
     again = True
     while again:
@@ -107,7 +107,9 @@ def _set_up(args: WorkerArgs) -> Rank:
     context = ray.train.get_context()
     torch.set_num_threads(args.threads)
     torch.use_deterministic_algorithms(args.train.deterministic, warn_only=True)
-    store, number = Store(args.run_url), context.get_world_rank()
+    # A first start that cannot reach its store says so soon; a restart waits for it.
+    store = Store(args.run_url, TRAINING if args.restarts else COMMAND)
+    number = context.get_world_rank()
     log = RunLog(store, f"rank-{number:05d}")
     log.copy()
     return Rank(
@@ -120,6 +122,13 @@ def _set_up(args: WorkerArgs) -> Rank:
         checkpoints=Checkpoints(store.child("checkpoints")),
         log=log,
     )
+
+
+def _patient(rank: Rank) -> Rank:
+    """The same rank, whose stores ride out a longer outage."""
+    store = rank.store.with_retry(TRAINING)
+    plan, checkpoints = Plan(store, rank.plan.digest), Checkpoints(store.child("checkpoints"))
+    return replace(rank, store=store, plan=plan, checkpoints=checkpoints)
 
 
 def _build_engine(rank: Rank, reader: ClipReader, watchdog: Watchdog, is_fresh: bool) -> Engine:
