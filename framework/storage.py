@@ -144,8 +144,9 @@ class Store:
         return f"Store({self.url!r})"
 
     def __eq__(self, other: object) -> bool:
-        same_type = isinstance(other, Store) and type(self) is type(other)
-        return same_type and (self.url, self.retry) == (other.url, other.retry)
+        if not isinstance(other, Store) or type(self) is not type(other):
+            return NotImplemented
+        return (self.url, self.retry) == (other.url, other.retry)
 
     def __hash__(self) -> int:
         return hash((self.url, self.retry))
