@@ -15,7 +15,10 @@ ROOT = Path(__file__).resolve().parent.parent
 # Which files may import what is heavy: the path from the root.
 HEAVY = {
     "av": ("framework/video.py",),
-    "deepspeed": ("framework/train/engine/zero.py",),
+    "deepspeed": (
+        "framework/train/engine/deepspeed_patches.py",
+        "framework/train/engine/zero.py",
+    ),
     "diffusers": (),
     "flash_attn": ("model_zoo/attention.py",),
     "fsspec": (),

@@ -5,7 +5,8 @@
 2  gradients as well
 3  weights as well, which are gathered as the model comes to them
 
-The only module that imports DeepSpeed, at the first `build`: reading a config does not.
+This module and deepspeed_patches.py alone import DeepSpeed, at the first `build`: reading a config
+does not.
 We take its partitioning and nothing else: not its optimizers, schedulers, checkpoints or losses'
 scaling. A checkpoint is of pieces of tensors and does not tell who wrote it: any stage on any
 number of ranks takes over from any other.
@@ -27,7 +28,6 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, distributed, nn
@@ -36,6 +36,7 @@ from torch.overrides import TorchFunctionMode
 from framework.mapping import free
 from framework.run.sharded_state import Piece, load_state, persistent_buffers, save_state, shapes_of
 from framework.storage import Store
+from framework.train.engine import deepspeed_patches
 from framework.train.engine.ema import check_decay, update_ema
 from framework.train.engine.optimizer import set_lr
 from framework.train.engine.plain import PlainConfig, PlainEngine
@@ -50,7 +51,7 @@ from framework.train.engine.protocol import (
     sum_of_squares,
 )
 from framework.train.engine.snapshot import Snapshot
-from framework.train.engine.zero_stages import Stage, Stage1And2, Stage3
+from framework.train.engine.zero_stages import Stage, Stage1And2, Stage3, check_parts
 
 OFFLOADS = ("none", "optimizer", "all")
 
@@ -226,6 +227,7 @@ class ZeroEngine:
             buffer.data = buffer.data.to(device)
         initial, dtype = {}, DTYPES[self.config.dtype]
         for name, parameter in module.named_parameters():
+            check_parts("parameter of stage 3", parameter)
             shard: Any = parameter.ds_tensor  # type: ignore[attr-defined]  # DeepSpeed's
             initial[name] = shard.clone()
             parameter.data, shard.data = parameter.data.to(dtype), shard.data.to(dtype)
@@ -380,22 +382,9 @@ def _import_deepspeed(device: torch.device) -> Any:
     silence_renamed_collectives()
     import deepspeed
 
-    # On a CPU it would compile a kernel for inference that training never calls (45 s). This table,
-    # which would else be made by running compilers, is the only thing that it asks.
-    deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
+    deepspeed_patches.apply(device)
     deepspeed.init_distributed(dist_backend=distributed.get_backend())
     deepspeed.utils.logger.setLevel(logging.WARNING)
-    # Of its Muon it asks only whether an optimizer is one. Compiling that, at import, brings
-    # Inductor: 3 s of a core.
-    as_it_is = mock.patch.object(
-        deepspeed.runtime.compiler, "compile", return_value=lambda kernel: kernel
-    )
-    with as_it_is:
-        import deepspeed.runtime.zero.muon.muon_optimizer
-    # Stage 1 in bf16 would print what memory is in use, at each build.
-    deepspeed.runtime.bf16_optimizer.see_memory_usage = lambda *_, **__: None
-    # Ranges for a GPU profiler: 1,500 a step, 5 % of the step of a small model on a CPU.
-    deepspeed.utils.nvtx.enable_nvtx = device.type == "cuda"
     return deepspeed
 
 

@@ -4,7 +4,8 @@ Stage 3 cuts each parameter by itself: of n values, rank r of W holds [r * c, (r
 c = ceil(n / W). Stages 1 and 2 lay the parameters of a group end to end and cut the whole: a rank
 holds any piece of a parameter, most often all of it or nothing.
 
-DeepSpeed works in place on a few flat tensors; we hold views of them.
+DeepSpeed works in place on a few flat tensors; we hold views of them. None of that is public, so
+PRIVATE_PARTS lists all that we use of it, and an engine that does not find it does not start.
 """
 
 from collections.abc import Mapping
@@ -13,6 +14,61 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+# What we read, set and call beyond DeepSpeed's public API, by the class or thing that has it, and
+# for what. Seen in 0.19.8.
+_OF_EACH = {
+    "optimizer": "torch's AdamW, which it drives: state to save and load, learning rates",
+    "overflow": "whether the last step met a gradient that is no number, and so changed nothing",
+}
+_OF_STAGES_1_AND_2 = {
+    "zero_grad": "to forget gradients",
+    "update_lp_params": "to make the model compute with loaded float32 weights",
+}
+PRIVATE_PARTS: dict[str, dict[str, str]] = {
+    "DeepSpeedZeroOptimizer_Stage3": _OF_EACH
+    | {
+        "fp32_partitioned_groups_flat": "the float32 weights",
+        "grad_position": "where a parameter lies in them",
+        "get_param_id": "the key of a parameter in `grad_position`",
+        "grad_partitions_flat_buffer": "the gradients, to be cleared after each step",
+        "loss_scale": "what `_overflow_clean_up` wants",
+        "_pre_step": "to skip a step as it does itself",
+        "_overflow_clean_up": "likewise",
+        "_partition_all_parameters": "to drop gathered weights; see `Stage3.take_weights`",
+    },
+    "DeepSpeedZeroOptimizer": _OF_EACH
+    | _OF_STAGES_1_AND_2
+    | {
+        "single_partition_of_fp32_groups": "the float32 weights",
+        "micro_step_id": "to forget gradients",
+        "averaged_gradients": "likewise",
+        "all_grad_tensors": "likewise",
+    },
+    "BF16_Optimizer": _OF_EACH
+    | _OF_STAGES_1_AND_2
+    | {"fp32_groups_flat_partition": "the float32 weights, and what tells this class"},
+    "parameter of stage 3": {
+        "ds_tensor": "this rank's shard, in the dtype of the model",
+        "ds_numel": "the size of the whole",
+        "ds_shape": "the shape of the whole, for an error",
+    },
+    "parameter of stages 1 and 2": {"_hp_mapping": "None, or where a parameter lies"},
+    "_hp_mapping": {
+        "hp_fragment_address": "where it lies in the float32 weights",
+        "lp_fragment_address": "which of its values these are",
+        "param_group_index": "which of the flat tensors",
+    },
+}
+
+
+def check_parts(kind: str, found: Any) -> None:
+    """ValueError where this DeepSpeed does not have what PRIVATE_PARTS lists of `kind`."""
+    if missing := [name for name in PRIVATE_PARTS[kind] if not hasattr(found, name)]:
+        raise ValueError(
+            f"this DeepSpeed's {kind} has no {', '.join(missing)}, which ZeRO is built on here; "
+            "install the deepspeed that pyproject.toml names"
+        )
 
 
 @dataclass(frozen=True)
@@ -52,6 +108,7 @@ class Stage3:
     """Of `DeepSpeedZeroOptimizer_Stage3`."""
 
     def __init__(self, zero: Any, params: Mapping[str, Any], rank: int) -> None:
+        check_parts("DeepSpeedZeroOptimizer_Stage3", zero)
         self.zero, self.params = zero, params
         self.flats: list[Tensor] = self.zero.fp32_partitioned_groups_flat
         self.places = {}
@@ -87,6 +144,7 @@ class Stage1And2:
     def __init__(self, zero: Any, params: Mapping[str, Any]) -> None:
         self.zero, self.params = zero, params
         self.is_bf16_optimizer = hasattr(self.zero, "fp32_groups_flat_partition")
+        check_parts("BF16_Optimizer" if self.is_bf16_optimizer else "DeepSpeedZeroOptimizer", zero)
         self.flats: list[Tensor] = (
             self.zero.fp32_groups_flat_partition
             if self.is_bf16_optimizer
@@ -95,7 +153,9 @@ class Stage1And2:
         self.places = {}
         for name, parameter in params.items():
             self.places[name] = Place(0, 0, 0, 0)
+            check_parts("parameter of stages 1 and 2", parameter)
             if (mapping := parameter._hp_mapping) is not None:
+                check_parts("_hp_mapping", mapping)
                 flat, whole = mapping.hp_fragment_address, mapping.lp_fragment_address
                 self.places[name] = Place(
                     mapping.param_group_index, flat.start, flat.numel, whole.start
