@@ -16,7 +16,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayError
-from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
+from ray.train import ControllerError, TrainingFailedError
 
 from framework.cluster import ClusterConfig, leaving_nodes, room
 from framework.run.checkpoint import Checkpoints

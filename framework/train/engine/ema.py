@@ -6,8 +6,8 @@ cut.
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 def ema_decay_at(decay: float, num_updates: int) -> float:
@@ -19,7 +19,6 @@ def ema_decay_at(decay: float, num_updates: int) -> float:
     return min(decay, (1 + num_updates) / (10 + num_updates))
 
 
-@torch.no_grad()
 def update_ema(
     ema: Sequence[Tensor], weights: Sequence[Tensor], decay: float, num_updates: int
 ) -> None:
@@ -27,7 +26,8 @@ def update_ema(
 
     `ema` and `weights` are float32 tensors of pairwise equal shapes.
     """
-    torch._foreach_lerp_(list(ema), list(weights), 1 - ema_decay_at(decay, num_updates))
+    average = get_ema_multi_avg_fn(ema_decay_at(decay, num_updates))
+    average(list(ema), list(weights), None)
 
 
 def check_decay(decay: float) -> None:

@@ -166,8 +166,7 @@ def checkpoint_group() -> distributed.ProcessGroup | None:
 
 def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
     """() float64: the squares of all values, added up."""
-    norms = torch.stack(torch._foreach_norm(list(tensors)))
-    return norms.double().square().sum()
+    return torch.nn.utils.get_total_norm(tensors).double().square()
 
 
 def silence_renamed_collectives() -> None:

@@ -35,7 +35,8 @@ class Snapshot:
             self._state = {name: _buffer_for(value) for name, value in state.items()}
         sources = [_values(state[name]) for name in self._state]
         copies = [_values(value) for value in self._state.values()]
-        torch._foreach_copy_(copies, sources, non_blocking=True)
+        for copy, source in zip(copies, sources, strict=True):
+            copy.copy_(source, non_blocking=True)
         if any(source.is_cuda for source in sources):
             torch.cuda.current_stream().synchronize()
         self.is_written = False
