@@ -28,7 +28,7 @@ from torch import distributed, nn
 from framework.assembly import Assembly
 from framework.cluster import KEEP_MEMORY
 from framework.config import compose
-from framework.data.stream.collate import assemble, to_batch
+from framework.data.stream.collate import assemble
 from framework.storage import Store
 from framework.train.engine.plain import PlainConfig
 from framework.train.engine.protocol import Engine
@@ -98,15 +98,14 @@ class Line:
         reader = self.assembly.reader(self.assembly.pinned_manifest(self._store).shards_url)
         made = []
         for number in range(self.num_steps):
-            epoch, step = plan.locate(number)
-            totals, packs = plan.totals(epoch, step), []
-            for pack in plan.packs(epoch, step, self._rank, self.world):
-                arrays = assemble(
-                    pack, reader, plan.recipe, self.assembly.data.stream.static_shapes
-                )
-                batch = to_batch(arrays, epoch, step, pack.index)
+            epoch, epoch_step = plan.locate(number)
+            totals, packs = plan.totals(epoch, epoch_step), []
+            for pack in plan.packs(epoch, epoch_step, self._rank, self.world):
+                batch = assemble(pack, reader, plan.recipe, self.assembly.data.stream.static_shapes)
                 packs.append((batch, self.objective.draw(batch, self.assembly.seed)))
-            made.append(StepInput(number, epoch, step, totals.loss_tokens, totals.tokens, packs))
+            made.append(
+                StepInput(number, epoch, epoch_step, totals.loss_tokens, totals.tokens, packs)
+            )
         return made
 
     def train(self, engine: Engine, step: StepInput) -> None:

@@ -14,7 +14,7 @@ from typing import Any, cast, get_args
 import torch
 from torch import Tensor
 
-from framework.batch import PackedBatch
+from framework.batch import Clip, PackedBatch
 from framework.config import compose
 from model_zoo.attention import (
     AttentionBackend,
@@ -105,22 +105,14 @@ def pack_of(num_tokens: int, device: torch.device) -> tuple[PackedBatch, list[Gr
         (max(1, int(num_tokens * share) // (height * width)), height, width) for share in SHARES
     ]
     lengths = [f * h * w for f, h, w in grids]
-    lengths.append(max(0, num_tokens - sum(lengths)))
-    count = len(lengths)
-    batch = PackedBatch(
-        tokens=torch.randn(sum(lengths), TOKEN_SIZE),
-        grid=torch.tensor([*grids, (1, 1, lengths[-1])], dtype=torch.int32),
-        cu_seqlens=_ends(lengths, torch.device("cpu")),
-        text=torch.randn(count * TEXT_TOKENS, TEXT_DIM),
-        cu_text=_ends([TEXT_TOKENS] * count, torch.device("cpu")),
-        clip_ids=torch.arange(count),
-        clip_epochs=torch.zeros(count, dtype=torch.int64),
-        clip_weights=torch.ones(count),
-        source=torch.zeros(count, dtype=torch.int32),
-        fps=torch.full((count,), 24.0),
-        given_mask=torch.zeros(sum(lengths), dtype=torch.bool),
-    )
-    return batch.to(device), grids
+    left_over = max(0, num_tokens - sum(lengths))
+    clips = [
+        Clip(torch.randn(n, TOKEN_SIZE), grid, torch.randn(TEXT_TOKENS, TEXT_DIM), i, 24.0)
+        for i, (n, grid) in enumerate(
+            zip([*lengths, left_over], [*grids, (1, 1, left_over)], strict=True)
+        )
+    ]
+    return PackedBatch.from_clips(clips).to(device), grids
 
 
 def training_step(

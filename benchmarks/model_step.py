@@ -21,7 +21,7 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 
 from benchmarks.packing import RECIPE, mixture
-from framework.batch import PackedBatch
+from framework.batch import Clip, PackedBatch
 from framework.data.plan.packing import Packer, PackLimits
 from framework.data.plan.views import choose_views
 from model_zoo.convert import from_wan, wan_shape
@@ -76,21 +76,13 @@ class Clips:
 
     def packed(self) -> PackedBatch:
         """As our model takes them."""
-        num = len(self.grids)
-        tokens = torch.cat([patchify(clip, self.patch_size) for clip in self.latents])
-        return PackedBatch(
-            tokens=tokens,
-            grid=torch.tensor(self.grids, dtype=torch.int32),
-            cu_seqlens=_ends([f * h * w for f, h, w in self.grids]),
-            text=torch.cat(self.texts),
-            cu_text=_ends([len(text) for text in self.texts]),
-            clip_ids=torch.arange(num),
-            clip_epochs=torch.zeros(num, dtype=torch.int64),
-            clip_weights=torch.ones(num),
-            source=torch.zeros(num, dtype=torch.int32),
-            fps=torch.full((num,), 24.0),
-            given_mask=torch.zeros(len(tokens), dtype=torch.bool),
-        )
+        clips = [
+            Clip(patchify(latents, self.patch_size), grid, text, i, 24.0)
+            for i, (latents, grid, text) in enumerate(
+                zip(self.latents, self.grids, self.texts, strict=True)
+            )
+        ]
+        return PackedBatch.from_clips(clips)
 
     def padded(self) -> tuple[Tensor, Tensor]:
         """One batch of latents and one of texts, zeros where a clip is smaller."""
@@ -102,10 +94,6 @@ class Clips:
             latents[i, :, :f, :h, :w] = clip
             texts[i, : len(text)] = text
         return latents, texts
-
-
-def _ends(lengths: list[int]) -> Tensor:
-    return torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
 
 
 def ours(model: nn.Module, clips: Clips) -> None:

@@ -22,7 +22,7 @@ from framework.batch import PackedBatch
 from framework.data.manifest.table import read_manifest
 from framework.data.plan.planner import make_epoch
 from framework.data.plan.store import ClipPlan, Plan
-from framework.data.stream.collate import ClipReader, assemble, to_batch
+from framework.data.stream.collate import ClipReader, assemble
 from framework.demo.clips.moving_shapes import ClipSpec, caption, held_out_prompts, render
 from framework.demo.reader import score
 from framework.evaluate.config import EvaluateConfig
@@ -237,7 +237,7 @@ def _batches(
         if not pack.dummy
     )
     for step, pack in islice(packs, count):
-        batch = to_batch(assemble(pack, reader, plan.recipe, False), 0, step, pack.index)
+        batch = assemble(pack, reader, plan.recipe, False, epoch_step=step)
         for failure in batch.failed:
             say(f"skipped {failure}")
         yield batch

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from framework.batch import PackedBatch
+from framework.batch import Clip, PackedBatch
 from framework.data.plan.views import Geometry
 from framework.diffusion.guidance import guided
 from framework.diffusion.samplers import SamplerConfig
@@ -117,25 +117,17 @@ def _packs(requests: list[_Request], max_tokens: int) -> list[list[_Request]]:
 
 def _batch(pack: list[_Request], num_values: int) -> PackedBatch:
     """A pack without padding: L is the sum of its clips; its tokens are not read in sampling."""
-    num_clips, num_tokens = len(pack), sum(r.num_tokens for r in pack)
-    return PackedBatch(
-        tokens=torch.zeros(num_tokens, num_values),
-        grid=torch.tensor([r.grid for r in pack], dtype=torch.int32),
-        cu_seqlens=_offsets([r.num_tokens for r in pack]),
-        text=torch.cat([r.text for r in pack]),
-        cu_text=_offsets([r.text.shape[0] for r in pack]),
-        clip_ids=torch.tensor([r.index for r in pack]),
-        clip_epochs=torch.zeros(num_clips, dtype=torch.int64),
-        clip_weights=torch.ones(num_clips),
-        source=torch.zeros(num_clips, dtype=torch.int32),
-        fps=torch.tensor([r.prompt.fps for r in pack], dtype=torch.float32),
-        given_mask=torch.zeros(num_tokens, dtype=torch.bool),
-    )
-
-
-def _offsets(lengths: list[int]) -> Tensor:
-    """n lengths -> (n+1,) int32 offsets."""
-    return torch.tensor([0, *lengths]).cumsum(0).int()
+    clips = [
+        Clip(
+            tokens=torch.zeros(request.num_tokens, num_values),
+            grid=request.grid,
+            text=request.text,
+            clip_id=request.index,
+            fps=request.prompt.fps,
+        )
+        for request in pack
+    ]
+    return PackedBatch.from_clips(clips)
 
 
 def _noise(pack: list[_Request], num_values: int) -> Tensor:

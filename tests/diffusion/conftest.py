@@ -3,7 +3,7 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 
-from framework.batch import PackedBatch
+from framework.batch import Clip, PackedBatch
 
 PackMaker = Callable[..., PackedBatch]
 
@@ -29,22 +29,23 @@ def make_pack() -> PackMaker:
             scale * torch.randn(n, len(scale), generator=torch.Generator().manual_seed(clip_id))
             for clip_id, n in zip(clip_ids, num_tokens, strict=True)
         ]
-        sizes = torch.tensor([0, *num_tokens, padding])
-        text_sizes = torch.tensor([0] + [2] * len(clip_ids) + [0])
-        given_mask = torch.zeros(int(sizes.sum()), dtype=torch.bool)
-        given_mask[list(given)] = True
-        return PackedBatch(
-            tokens=torch.cat([*rows, torch.zeros(padding, len(scale))]),
-            grid=torch.tensor([[n, 1, 1] for n in [*num_tokens, padding]], dtype=torch.int32),
-            cu_seqlens=sizes.cumsum(0).int(),
-            text=torch.arange(2 * len(clip_ids)),
-            cu_text=text_sizes.cumsum(0).int(),
-            clip_ids=torch.tensor([*clip_ids, -1]),
-            clip_epochs=torch.full((len(clip_ids) + 1,), epoch),
-            clip_weights=torch.tensor([*(weights or [1.0] * len(clip_ids)), 0.0]),
-            source=torch.zeros(len(clip_ids) + 1, dtype=torch.int32),
-            fps=torch.full((len(clip_ids) + 1,), 8.0),
-            given_mask=given_mask,
+        batch = PackedBatch.from_clips(
+            [
+                Clip(
+                    tokens=tokens,
+                    grid=(len(tokens), 1, 1),
+                    text=torch.arange(2 * i, 2 * i + 2),
+                    clip_id=clip_id,
+                    fps=8.0,
+                    epoch=epoch,
+                    weight=weights[i] if weights else 1.0,
+                )
+                for i, (clip_id, tokens) in enumerate(zip(clip_ids, rows, strict=True))
+            ],
+            num_segments=len(clip_ids) + 1,
+            max_tokens=sum(num_tokens) + padding,
         )
+        batch.given_mask[list(given)] = True
+        return batch
 
     return make

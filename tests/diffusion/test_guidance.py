@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import torch
 
-from framework.diffusion.guidance import guided, with_null_half
+from framework.diffusion.guidance import guided
 from framework.objectives.objective import token_t
 from framework.objectives.rectified_flow import RectifiedFlowConfig
 
@@ -21,27 +21,6 @@ class TextMean:
         pieces = text.float().tensor_split(layout.cu_text[1:-1].long())
         means = torch.stack([p.mean() if len(p) else torch.zeros(()) for p in pieces])
         return 0.01 * means[layout.segment_ids][:, None].expand_as(tokens) + 0.1 * tokens
-
-
-def test_null_half_is_the_same_clips_without_their_captions(make_pack):
-    batch = make_pack([4, 5], given=[1], padding=0)
-    both = with_null_half(batch, NULL)
-    num_tokens = batch.tokens.shape[0]
-    assert both.cu_seqlens.tolist() == [0, 2, 5, 5, 7, 10, 10]
-    assert both.cu_text.tolist() == [0, 2, 4, 4, 7, 10, 10]  # the empty segment gets no text
-    assert both.text.tolist() == [0, 1, 2, 3, *NULL.tolist(), *NULL.tolist()]
-    assert both.cu_seqlens.dtype == both.cu_text.dtype == torch.int32
-    assert torch.equal(both.tokens[num_tokens:], batch.tokens)
-    assert both.given_mask.nonzero().flatten().tolist() == [1, 1 + num_tokens]
-    assert both.num_segments == 2 * batch.num_segments
-
-
-def test_embeddings_work_as_ids_do(make_pack):
-    batch = make_pack([4, 5], padding=0)
-    batch = replace(batch, text=torch.randn(4, 8))
-    both = with_null_half(batch, torch.zeros(1, 8))
-    assert both.text.shape == (6, 8)
-    assert both.cu_text.tolist() == [0, 2, 4, 4, 5, 6, 6]
 
 
 def test_scale_one_is_the_plain_estimate_at_half_the_cost(make_pack):
@@ -73,3 +52,15 @@ def test_given_tokens_come_back_as_they_are(make_pack):
     x_t = torch.randn(batch.tokens.shape)
     estimate = guided(TextMean(), OBJECTIVE, batch, 2.5, NULL)(x_t, 0.6)
     assert torch.equal(estimate[[0, 3]], x_t[[0, 3]])
+
+
+def test_a_masked_pack_is_guided_at_the_places_of_its_tokens(make_pack):
+    """Both halves hand the model the same places, though the pack drops tokens."""
+
+    def places(tokens, t, layout, text):
+        return layout.token_index[:, None].expand_as(tokens).float()
+
+    batch = replace(make_pack([2, 3], padding=0), index=torch.tensor([1, 4, 6, 7, 0, 2, 3, 5, 8]))
+    x_t = torch.randn(batch.tokens.shape)
+    plain, guided_twice = (guided(places, OBJECTIVE, batch, s, NULL)(x_t, 0.6) for s in (1.0, 2.5))
+    torch.testing.assert_close(guided_twice, plain)

@@ -13,7 +13,7 @@ from diffusers import WanTransformer3DModel
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from framework.batch import PackedBatch
+from framework.batch import Clip, PackedBatch
 from framework.config import RunConfig, compose, group_from_flat
 from framework.export.__main__ import main, network_of
 from framework.export.card import Facts
@@ -139,19 +139,7 @@ def test_diffusers_loads_a_wan_and_computes_the_same(
 
 def one_clip(tokens: Tensor, text: Tensor) -> PackedBatch:
     """A pack of one clip of 3 x 2 x 3 tokens."""
-    return PackedBatch(
-        tokens=tokens,
-        grid=torch.tensor([(3, 2, 3)], dtype=torch.int32),
-        cu_seqlens=torch.tensor([0, len(tokens)], dtype=torch.int32),
-        text=text,
-        cu_text=torch.tensor([0, len(text)], dtype=torch.int32),
-        clip_ids=torch.zeros(1, dtype=torch.int64),
-        clip_epochs=torch.zeros(1, dtype=torch.int64),
-        clip_weights=torch.ones(1),
-        source=torch.zeros(1, dtype=torch.int32),
-        fps=torch.full((1,), 8.0),
-        given_mask=torch.zeros(len(tokens), dtype=torch.bool),
-    )
+    return PackedBatch.from_clips([Clip(tokens, (3, 2, 3), text, clip_id=0, fps=8.0)])
 
 
 def test_a_folder_in_use_is_left_alone(tmp_path: Path) -> None:

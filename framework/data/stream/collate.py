@@ -5,19 +5,18 @@ positions and the plan's counts hold. A store that does not answer is no fault o
 goes on, or an outage would train on nothing.
 """
 
-import json
 import time
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass, replace
 from math import prod
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from framework.batch import PackedBatch, ReadStats
+from framework.batch import Clip, PackedBatch, ReadStats
 from framework.data.encode.latents import load_clip
 from framework.data.plan.recipe import Recipe
 from framework.data.plan.store import ClipPlan, PackPlan
@@ -25,8 +24,6 @@ from framework.data.plan.views import View, kept_tokens
 from framework.data.shards.fetch import fetch
 from framework.storage import Store
 from framework.video import VideoError, decode
-
-Arrays = dict[str, Any]
 
 
 class ClipRead(NamedTuple):
@@ -173,85 +170,56 @@ class LatentReader(ClipReader):
 
 
 def assemble(
-    pack: PackPlan, reader: ClipReader, recipe: Recipe, static_shapes: bool = True
-) -> Arrays:
-    """One pack as arrays, named as the fields of PackedBatch.
+    pack: PackPlan,
+    reader: ClipReader,
+    recipe: Recipe,
+    static_shapes: bool = True,
+    *,
+    epoch: int = 0,
+    epoch_step: int = 0,
+) -> PackedBatch:
+    """The clips of a plan's pack, read and packed.
 
     With `static_shapes` L and K are the recipe's budgets, the padding segment taking the rest;
     without, they are what the clips fill: no work on padding, where nothing is compiled.
     """
-    num_segments = recipe.max_clips + 1
-    count = len(pack.clips)
-    tokens_by_clip, texts, failed, index = [], [], [], []
-    lengths, text_lengths = np.zeros(num_segments, np.int64), np.zeros(num_segments, np.int64)
-    weights, ids = np.zeros(num_segments, np.float32), np.full(num_segments, -1, np.int64)
-    start = 0
-    stats = ReadStats()
-    for i, (clip, (clip_tokens, text_tokens, cause, clip_stats)) in enumerate(
-        zip(pack.clips, reader.read(pack.clips), strict=True)
-    ):
-        index.append(
-            kept_tokens(recipe.seed, clip.epoch, clip.clip_id, len(clip_tokens), clip.tokens)
-        )
-        tokens_by_clip.append(clip_tokens[index[-1]])
-        stats += clip_stats
-        start += clip.tokens
-        texts.append(text_tokens)
-        lengths[i], text_lengths[i] = clip.tokens, len(texts[-1])
-        ids[i] = reader.seen_id(clip)
-        weights[i] = 0.0 if cause or ids[i] < 0 else clip.weight
-        if cause:
-            failed.append(f"{clip.key}: {cause}")
-    joined = np.concatenate(texts)
-    assert start <= recipe.max_tokens, (pack, recipe.max_tokens)
-    assert len(joined) <= recipe.max_text_tokens, (pack, recipe.max_text_tokens)
-    if static_shapes:
-        lengths[-1] = recipe.max_tokens - start
-        text_lengths[-1] = recipe.max_text_tokens - len(joined)
-    tokens = _resized(np.concatenate(tokens_by_clip), int(lengths.sum()))
-    index.append(np.arange(lengths[-1]))  # of the padding segment
-    text = _resized(joined, int(text_lengths.sum()))
-
-    def by_clip(name: str, dtype: type, fill: float) -> np.ndarray:
-        values: np.ndarray = np.full(num_segments, fill, dtype)
-        values[:count] = [getattr(clip, name) for clip in pack.clips]
-        return values
-
-    grid = np.zeros((num_segments, 3), np.int32)
-    grid[:count] = [clip.grid for clip in pack.clips]
-    grid[-1] = (1, 1, lengths[-1])  # positions of the padding segment are of no account
-    return {
-        "tokens": tokens,
-        "grid": grid,
-        "cu_seqlens": np.concatenate([[0], lengths.cumsum()]).astype(np.int32),
-        "text": text,
-        "cu_text": np.concatenate([[0], text_lengths.cumsum()]).astype(np.int32),
-        "clip_ids": ids,
-        "clip_epochs": by_clip("epoch", np.int64, 0),
-        "clip_weights": weights,
-        "source": by_clip("source_id", np.int32, -1),
-        "fps": by_clip("fps", np.float32, 0.0),
-        "given_mask": np.zeros(len(tokens), bool),
-        "index": np.concatenate(index).astype(np.int32),
-        "failed": json.dumps(failed),
-        "read": json.dumps(astuple(stats)),
-    }
+    clips, failed, stats = [], [], ReadStats()
+    for clip, read in zip(pack.clips, reader.read(pack.clips), strict=True):
+        clips.append(_kept(clip, read, reader.seen_id(clip), recipe.seed))
+        stats += read.stats
+        if read.cause:
+            failed.append(f"{clip.key}: {read.cause}")
+    num_tokens, num_text = sum(len(c.tokens) for c in clips), sum(len(c.text) for c in clips)
+    assert num_tokens <= recipe.max_tokens, (pack, recipe.max_tokens)
+    assert num_text <= recipe.max_text_tokens, (pack, recipe.max_text_tokens)
+    batch = PackedBatch.from_clips(
+        clips,
+        num_segments=recipe.max_clips + 1,
+        max_tokens=recipe.max_tokens if static_shapes else None,
+        max_text_tokens=recipe.max_text_tokens if static_shapes else None,
+    )
+    return replace(
+        batch,
+        epoch=epoch,
+        epoch_step=epoch_step,
+        pack=pack.index,
+        failed=tuple(failed),
+        read=stats,
+    )
 
 
-def _resized(rows: np.ndarray, length: int) -> np.ndarray:
-    """(n, …) -> (length, …) with zero rows at the end."""
-    padded = np.zeros((length, *rows.shape[1:]), rows.dtype)
-    padded[: len(rows)] = rows
-    return padded
-
-
-def to_batch(arrays: Arrays, epoch: int, step: int, pack: int) -> PackedBatch:
-    """Arrays from `assemble` as a PackedBatch; copies, since Ray's arrays are read-only."""
-    tensors = {
-        name: torch.from_numpy(value.copy())  # five times as fast as torch.tensor
-        for name, value in arrays.items()
-        if isinstance(value, np.ndarray)
-    }
-    failed = tuple(json.loads(str(arrays["failed"])))
-    read = ReadStats(*json.loads(str(arrays["read"])))
-    return PackedBatch(**tensors, epoch=epoch, step=step, pack=pack, failed=failed, read=read)
+def _kept(clip: ClipPlan, read: ClipRead, seen_id: int, seed: int) -> Clip:
+    """What was read of a clip, without the tokens that its epoch drops."""
+    tokens = torch.from_numpy(read.tokens)
+    index = torch.from_numpy(kept_tokens(seed, clip.epoch, clip.clip_id, len(tokens), clip.tokens))
+    return Clip(
+        tokens=tokens if len(index) == len(tokens) else tokens[index],
+        grid=clip.grid,
+        text=torch.from_numpy(read.text),
+        clip_id=seen_id,
+        fps=clip.fps,
+        epoch=clip.epoch,
+        weight=0.0 if read.cause or seen_id < 0 else clip.weight,
+        source=clip.source_id,
+        index=index,
+    )

@@ -26,11 +26,11 @@ import numpy as np
 import ray.data
 from ray.data import DataContext, ExecutionOptions, ExecutionResources
 
-from framework.batch import PackedBatch
+from framework.batch import Arrays, PackedBatch
 from framework.data.config import StreamConfig
 from framework.data.plan.recipe import Recipe
 from framework.data.plan.store import PackPlan, Plan
-from framework.data.stream.collate import Arrays, ClipReader, assemble, to_batch
+from framework.data.stream.collate import ClipReader, assemble
 
 FIRST_SEGMENT_STEPS = 4
 
@@ -53,16 +53,23 @@ class _PackLoader:
 
     def __call__(self, row: dict[str, Any]) -> Arrays:
         ahead, pack = divmod(int(row["id"]), self.packs_per_step)
-        epoch, step = self.plan.locate(self.first_step + ahead)
-        packs = _step_packs(self.plan, epoch, step, self.dp_rank, self.dp_size)
-        return assemble(packs[pack], self.reader, self.plan.recipe, self.static_shapes)
+        epoch, epoch_step = self.plan.locate(self.first_step + ahead)
+        packs = _step_packs(self.plan, epoch, epoch_step, self.dp_rank, self.dp_size)
+        return assemble(
+            packs[pack],
+            self.reader,
+            self.plan.recipe,
+            self.static_shapes,
+            epoch=epoch,
+            epoch_step=epoch_step,
+        ).to_arrays()
 
 
 @functools.lru_cache(maxsize=1)  # the packs of a step follow one another in a task
 def _step_packs(
-    plan: Plan, epoch: int, step: int, dp_rank: int, dp_size: int
+    plan: Plan, epoch: int, epoch_step: int, dp_rank: int, dp_size: int
 ) -> tuple[PackPlan, ...]:
-    return tuple(plan.packs(epoch, step, dp_rank, dp_size))
+    return tuple(plan.packs(epoch, epoch_step, dp_rank, dp_size))
 
 
 @contextmanager
@@ -76,7 +83,7 @@ def open_stream(
     dp_size: int,
     waiting: Callable[[], None] = lambda: None,
 ) -> Iterator[Iterator[list[PackedBatch]]]:
-    """This rank's packs of global steps `start` to `stop`, a list for each step.
+    """This rank's packs of steps `start` to `stop`, a list for each step.
 
     The first of them are in the making from here on, before anybody asks for one: a rank builds its
     model meanwhile. The list has ceil(G / dp_size) packs on every rank; where dp_size does not
@@ -97,14 +104,14 @@ def open_stream(
         ]
 
     def steps(pending: list[Future[Iterator[Arrays]]]) -> Iterator[list[PackedBatch]]:
-        number = start
+        step = start
         while pending:
             rows = pending.pop().result()
             pending = submit()  # made while the one before it is used
             while packs := list(islice(rows, loader.packs_per_step)):
-                yield _check(packs, plan, reader, number, dp_rank, dp_size)
-                number += 1
-        assert number == stop, (number, stop)
+                yield _check(packs, plan, reader, step, dp_rank, dp_size)
+                step += 1
+        assert step == stop, (step, stop)
 
     try:
         yield steps(submit())
@@ -166,17 +173,17 @@ def _check(
     rows: list[Arrays],
     plan: Plan,
     reader: ClipReader,
-    number: int,
+    step: int,
     dp_rank: int,
     dp_size: int,
 ) -> list[PackedBatch]:
     """Turn the rows of a step into batches and assert that they are the plan's."""
-    epoch, step = plan.locate(number)
+    epoch, epoch_step = plan.locate(step)
     batches = []
-    for row, pack in zip(rows, plan.packs(epoch, step, dp_rank, dp_size), strict=True):
-        arrays = {name: value[0] for name, value in row.items()}
-        batch = to_batch(arrays, epoch, step, pack.index)
-        planned = [reader.seen_id(clip) for clip in pack.clips]
-        assert batch.clip_ids[: len(planned)].tolist() == planned, (epoch, step, pack.index)
+    for row, pack in zip(rows, plan.packs(epoch, epoch_step, dp_rank, dp_size), strict=True):
+        batch = PackedBatch.from_arrays({name: value[0] for name, value in row.items()})
+        place, planned = (epoch, epoch_step, pack.index), [reader.seen_id(c) for c in pack.clips]
+        assert (batch.epoch, batch.epoch_step, batch.pack) == place, (batch.epoch, place)
+        assert batch.clip_ids[: len(planned)].tolist() == planned, place
         batches.append(batch)
     return batches

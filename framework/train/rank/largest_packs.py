@@ -24,7 +24,6 @@ from framework.data.stream.collate import (
     LatentReader,
     VideoReader,
     assemble,
-    to_batch,
 )
 from framework.objectives.objective import Objective
 from framework.train.engine.protocol import Engine
@@ -98,8 +97,7 @@ def worst_packs(
     for index, sizes in enumerate(chosen):
         texts = _share_out(recipe.max_text_tokens, len(sizes), shortest_text, longest_text)
         clips = [_clip(recipe, i, *one) for i, one in enumerate(zip(sizes, texts, strict=True))]
-        arrays = assemble(PackPlan(tuple(clips), index), blank, recipe, static_shapes)
-        packs.append(to_batch(arrays, epoch=0, step=0, pack=index))
+        packs.append(assemble(PackPlan(tuple(clips), index), blank, recipe, static_shapes))
     return packs
 
 

@@ -20,7 +20,7 @@ from framework.data.encode.latents import dump_clip, load_clip
 from framework.data.manifest.table import Manifest, read_manifest
 from framework.data.manifest.writer import make_manifest
 from framework.data.plan.store import Plan
-from framework.data.stream.collate import assemble, to_batch
+from framework.data.stream.collate import assemble
 from framework.data.stream.stream import open_stream
 from framework.storage import Store
 
@@ -68,7 +68,7 @@ def first_epoch(assembly: Assembly, folder: Path) -> tuple[Plan, Iterator[Packed
     plan = assembly.make_plan(run, 1, lambda _: None)
     reader = assembly.reader(assembly.pinned_manifest(run).shards_url)
     return plan, (
-        to_batch(assemble(pack, reader, plan.recipe), 0, step, pack.index)
+        assemble(pack, reader, plan.recipe, epoch_step=step)
         for step in range(plan.num_steps(0))
         for pack in plan.packs(0, step, 0, 1)
     )

@@ -11,7 +11,7 @@ from framework.data.plan.cost import CostModel
 from framework.data.plan.recipe import Recipe
 from framework.data.plan.store import ClipPlan, PackPlan
 from framework.data.plan.views import Geometry, View, ViewConfig, kept_tokens
-from framework.data.stream.collate import VideoReader, assemble, to_batch
+from framework.data.stream.collate import VideoReader, assemble
 from framework.storage import Store
 from framework.video import encode
 
@@ -93,9 +93,7 @@ def test_a_clip_that_is_taken_out_leaves_a_hole_and_is_not_read(tmp_path: Path) 
         global_batch_packs=1,
     )
     pack = PackPlan((CLIP, kept), 0)  # the first is damaged: were it read, it would be named
-    batch = to_batch(
-        assemble(pack, replace(reader(store), exclude=frozenset({7})), recipe), 0, 0, 0
-    )
+    batch = assemble(pack, replace(reader(store), exclude=frozenset({7})), recipe)
     assert batch.failed == ()
     assert batch.clip_ids.tolist() == [-1, 8, -1, -1]
     assert batch.clip_epochs.tolist() == [0, 3, 0, 0]
@@ -125,7 +123,7 @@ def test_dropped_tokens_are_drawn_and_those_left_keep_their_places(tmp_path: Pat
     numbered = replace(
         reader(store), tokenize=lambda _: np.arange(24, dtype=np.float32)[:, None].repeat(3, 1)
     )
-    batch = to_batch(assemble(PackPlan((clip,), 0), numbered, recipe), 0, 0, 0)
+    batch = assemble(PackPlan((clip,), 0), numbered, recipe)
     kept = kept_tokens(5, 0, 7, 24, 10).tolist()
     assert batch.tokens[:10, 0].tolist() == kept
     assert batch.token_index.tolist() == [*kept, *range(6)]

@@ -15,7 +15,7 @@ from framework.data.index.job import write_index
 from framework.data.index.shard import index_shard
 from framework.data.plan.store import Plan
 from framework.data.shards.tar import write_shards
-from framework.data.stream.collate import assemble, to_batch
+from framework.data.stream.collate import assemble
 from framework.data.stream.stream import open_stream, segment_steps
 from framework.demo.clips.moving_shapes import shard_samples
 from framework.storage import Store
@@ -60,7 +60,7 @@ def test_a_pack_has_the_recipes_static_shapes(line: tuple[Assembly, Plan, str]) 
     assembly, plan, shards_url = line
     (pack, *_) = plan.packs(0, 0, 0, 1)
     reader = assembly.reader(shards_url)
-    batch = to_batch(assemble(pack, reader, plan.recipe), 0, 0, 0)
+    batch = assemble(pack, reader, plan.recipe)
     recipe = plan.recipe
     assert batch.tokens.shape == (recipe.max_tokens, 144)
     assert batch.text.shape == (recipe.max_text_tokens,)
@@ -72,7 +72,7 @@ def test_a_pack_has_the_recipes_static_shapes(line: tuple[Assembly, Plan, str]) 
     assert grid_tokens.tolist() == batch.cu_seqlens.diff()[: len(pack.clips)].tolist()
     assert batch.tokens[: batch.cu_seqlens[len(pack.clips)]].abs().sum() > 0
 
-    tight = to_batch(assemble(pack, reader, plan.recipe, static_shapes=False), 0, 0, 0)
+    tight = assemble(pack, reader, plan.recipe, static_shapes=False)
     used = len(tight.tokens)
     assert used == sum(clip.tokens for clip in pack.clips)
     assert np.array_equal(tight.tokens, batch.tokens[:used])

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from framework.batch import PackedBatch
+from framework.batch import Clip, PackedBatch
 from framework.evaluate.metrics.validation import validation_loss
 from framework.objectives.rectified_flow import RectifiedFlowConfig
 
@@ -32,20 +32,13 @@ def pack(
         STD * torch.randn(n, 4, generator=torch.Generator().manual_seed(i))
         for i, n in clips.items()
     ]
-    lengths = torch.tensor([0, *clips.values(), padding])
-    num_segments = len(clips) + 1
-    return PackedBatch(
-        tokens=torch.cat([*tokens, torch.zeros(padding, 4)]),
-        grid=torch.ones(num_segments, 3, dtype=torch.int32),
-        cu_seqlens=lengths.cumsum(0).int(),
-        text=torch.zeros(num_segments, dtype=torch.int64),
-        cu_text=torch.arange(num_segments + 1).int(),
-        clip_ids=torch.tensor([*clips, -1]),
-        clip_epochs=torch.zeros(num_segments, dtype=torch.int64),
-        clip_weights=torch.tensor([*(weights or [1.0] * len(clips)), 0.0]),
-        source=torch.zeros(num_segments, dtype=torch.int32),
-        fps=torch.full((num_segments,), 8.0),
-        given_mask=torch.zeros(int(lengths.sum()), dtype=torch.bool),
+    return PackedBatch.from_clips(
+        [
+            Clip(rows, (len(rows), 1, 1), torch.zeros(1, dtype=torch.int64), i, 8.0, weight=weight)
+            for i, rows, weight in zip(clips, tokens, weights or [1.0] * len(clips), strict=True)
+        ],
+        num_segments=len(clips) + 1,
+        max_tokens=sum(clips.values()) + padding,
     )
 
 

@@ -6,32 +6,30 @@ from dataclasses import replace
 import pytest
 import torch
 
-from framework.batch import PackedBatch
+from framework.batch import Clip, PackedBatch
 from framework.train.observers.breakdown import Breakdown
 
 # Clips of 3, 2, 4 and 1 tokens, one token of the third given; the second failed; then padding.
-LENGTHS = [3, 2, 4, 1, 0, 2]
+LENGTHS = [3, 2, 4, 1]
 SUMS = torch.tensor([6.0, 0.0, 1.5, 8.0, 0.0, 0.0])
 T = torch.tensor([0.04, 0.05, 0.31, 1.0, 0.0, 0.0])
 
 
 def batch(source: tuple[int, ...] = (0, 0, 1, 0)) -> PackedBatch:
-    lengths = torch.tensor(LENGTHS)
-    given = torch.zeros(12, dtype=torch.bool)
-    given[5] = True
-    return PackedBatch(
-        tokens=torch.zeros(12, 2),
-        grid=torch.ones(6, 3, dtype=torch.int32),
-        cu_seqlens=torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).int(),
-        text=torch.zeros(6, dtype=torch.int64),
-        cu_text=torch.arange(7, dtype=torch.int32),
-        clip_ids=torch.tensor([5, 6, 7, 8, -1, -1]),
-        clip_epochs=torch.zeros(6, dtype=torch.int64),
-        clip_weights=torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0, 0.0]),
-        source=torch.tensor([*source, -1, -1], dtype=torch.int32),
-        fps=torch.ones(6),
-        given_mask=given,
-    )
+    clips = [
+        Clip(
+            tokens=torch.zeros(n, 2),
+            grid=(n, 1, 1),
+            text=torch.zeros(1, dtype=torch.int64),
+            clip_id=5 + i,
+            fps=1.0,
+            weight=float(i != 1),
+            source=source[i],
+            given=torch.arange(n) == 0 if i == 2 else None,
+        )
+        for i, n in enumerate(LENGTHS)
+    ]
+    return PackedBatch.from_clips(clips, num_segments=6, max_tokens=12)
 
 
 def test_each_token_counts_once_in_its_bin_and_once_in_its_source() -> None:

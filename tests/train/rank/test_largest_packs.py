@@ -16,7 +16,7 @@ from framework.data.plan.packing import Packer
 from framework.data.plan.recipe import Recipe
 from framework.data.plan.store import ClipPlan, PackPlan
 from framework.data.plan.views import Geometry, View, ViewConfig
-from framework.data.stream.collate import LatentReader, VideoReader, assemble, to_batch
+from framework.data.stream.collate import LatentReader, VideoReader, assemble
 from framework.storage import Store
 from framework.train.engine.optimizer import AdamWConfig
 from framework.train.engine.plain import PlainConfig
@@ -98,7 +98,7 @@ def test_they_look_like_real_packs(tmp_path: Path, static_shapes: bool) -> None:
     embedded = reader(tmp_path, np.zeros((3, 5), np.float32))
     pack = PackPlan((REAL_CLIP, replace(REAL_CLIP, clip_id=8)), 0)
     excluded = replace(embedded, exclude=frozenset({7, 8}))  # a hole has the shapes of a clip
-    real = to_batch(assemble(pack, excluded, RECIPE, static_shapes), 0, 0, 0)
+    real = assemble(pack, excluded, RECIPE, static_shapes)
     for worst in worst_packs(RECIPE, embedded, None, static_shapes):
         for field in fields(real):
             ours, theirs = getattr(worst, field.name), getattr(real, field.name)
