@@ -30,7 +30,8 @@ from framework.cluster import ClusterConfig, connect
 from framework.data.config import StreamConfig
 from framework.data.plan.cost import CostModel
 from framework.data.plan.planner import make_epoch
-from framework.data.plan.store import ClipPlan, Plan
+from framework.data.plan.rows import ClipPlan
+from framework.data.plan.store import Plan
 from framework.data.plan.views import Geometry, ViewConfig, choose_views
 from framework.data.stream.collate import ClipRead, ClipReader, VideoReader
 from framework.data.stream.stream import open_stream, segment_steps

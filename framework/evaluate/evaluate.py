@@ -21,7 +21,8 @@ from framework.assembly import Assembly
 from framework.batch import PackedBatch
 from framework.data.manifest.table import read_manifest
 from framework.data.plan.planner import make_epoch
-from framework.data.plan.store import ClipPlan, Plan
+from framework.data.plan.rows import ClipPlan
+from framework.data.plan.store import Plan
 from framework.data.stream.collate import ClipReader, assemble
 from framework.demo.clips.moving_shapes import ClipSpec, caption, held_out_prompts, render
 from framework.demo.reader import score

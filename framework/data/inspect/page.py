@@ -22,7 +22,8 @@ import pyarrow.compute as pc
 
 from framework.contact_sheet import contact_sheet
 from framework.data.manifest.table import Manifest
-from framework.data.plan.store import ClipPlan, PackPlan, Plan
+from framework.data.plan.rows import ClipPlan, PackPlan
+from framework.data.plan.store import Plan
 from framework.data.stream.collate import ClipReader
 from framework.storage import Store
 from framework.video import VideoError

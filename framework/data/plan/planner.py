@@ -33,45 +33,19 @@ from framework.data.parquet import to_parquet
 from framework.data.plan.clip_order import by_weight, cursors_from, one_pass
 from framework.data.plan.packing import Packer
 from framework.data.plan.recipe import Recipe, plan_digest, plan_identity
-from framework.data.plan.store import (
-    ClipPlan,
-    PackPlan,
-    Plan,
-    PlanSummary,
-    StepTotals,
-    dummy_row,
-    epoch_folder,
-    read_epoch_facts,
+from framework.data.plan.rows import FROM_MANIFEST, UNPLACED, dummy_clip
+from framework.data.plan.store import Plan, epoch_folder, read_epoch_facts
+from framework.data.plan.views import (
+    REFUSALS,
+    SEEN,
+    choose_views,
+    clip_hashes,
+    num_kept,
+    stored_views,
 )
-from framework.data.plan.views import REFUSALS, choose_views, clip_hashes, num_kept, stored_views
-from framework.data.plan.writer import UNPLACED, PlanWriter, deal_steps
+from framework.data.plan.writer import PlanWriter
 from framework.seeding import hash64, hash64_array
 from framework.storage import Store
-
-__all__ = [
-    "ClipPlan",
-    "ClipTable",
-    "PackPlan",
-    "Plan",
-    "PlanSummary",
-    "Recipe",
-    "StepTotals",
-    "check_choice",
-    "deal_steps",
-    "make_epoch",
-]
-
-_FROM_MANIFEST = (
-    "clip_id",
-    "shard",
-    "key",
-    "offset",
-    "size_bytes",
-    "checksum",
-    "checked_bytes",
-    "source",
-)
-_SEEN = ("num_frames", "fps", "height", "width")
 
 
 class ClipTable(Protocol):
@@ -120,7 +94,7 @@ def make_epoch(
         return Plan(store, digest)
 
     null_text_tokens = num_text_tokens("")
-    filler = dummy_row(recipe, null_text_tokens)
+    dummy = dummy_clip(recipe, null_text_tokens)
     clips = _Clips(
         manifest,
         recipe,
@@ -140,7 +114,7 @@ def make_epoch(
         chunks = one_pass(clips.load, recipe.seed, epoch, manifest.num_parts)
 
     packer = _packer(recipe, epoch)
-    writer = PlanWriter(target.child(folder), recipe, epoch, filler)
+    writer = PlanWriter(target.child(folder), recipe, epoch, dummy)
     for rows in chunks:
         tokens, text_tokens = rows["tokens"].to_pylist(), rows["text_tokens"].to_pylist()
         for pack in packer.add(writer.add(rows), tokens, text_tokens, _buckets(rows, recipe)):
@@ -293,11 +267,11 @@ def _views(
     """
     # 64-bit offsets: the captions of tens of millions of clips exceed 2 GiB.
     captions = clips["captions"].cast(pa.large_list(pa.large_string()))
-    clips = clips.select([*_FROM_MANIFEST, "first_frame", *_SEEN])
+    clips = clips.select([*FROM_MANIFEST, "first_frame", *SEEN])
     ids = clips["clip_id"].to_numpy()
     assert len(np.unique(ids)) == len(ids), "clip_id repeats in the manifest"
 
-    columns = {name: clips[name].to_numpy() for name in ("clip_id", *_SEEN)}
+    columns = {name: clips[name].to_numpy() for name in ("clip_id", *SEEN)}
     most = int(recipe.max_tokens / keep)
     if recipe.encoded:
         views = stored_views(columns, recipe.geometry, most)
@@ -315,15 +289,10 @@ def _views(
         "too_much_text",
         views.refused,
     )
-    values = {name: clips[name] for name in _FROM_MANIFEST} | {
+    values = {name: clips[name] for name in FROM_MANIFEST} | views.columns()
+    values |= {
         "epoch": np.full(len(ids), epoch, np.int32),
         "first_frame": clips["first_frame"].to_numpy() + views.first_frame,
-        "stride": views.stride,
-        "num_frames": views.num_frames,
-        "height": views.height,
-        "width": views.width,
-        "flip": views.flip,
-        "fps": views.fps,
         "caption": chosen,
         "tokens": num_kept(views.tokens, keep),
         "text_tokens": text_tokens,

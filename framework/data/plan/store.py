@@ -1,4 +1,4 @@
-"""A plan on disk: what its files hold, and reading the packs of any step.
+"""A plan on disk: its index, and reading the packs of any step.
 
 A reader trusts an epoch once its index is there, and not before. Any rank finds its rows of any
 step by one look into the index and one window file, whose row groups hold a few steps each.
@@ -19,37 +19,9 @@ import pyarrow.parquet as pq
 
 from framework.data.parquet import read_table
 from framework.data.plan.recipe import Recipe, plan_digest
-from framework.data.plan.views import Geometry, View
+from framework.data.plan.rows import ClipPlan, PackPlan, dummy_clip
 from framework.storage import Store
 
-_ROW_FIELDS: list[tuple[str, pa.DataType]] = [
-    ("step", pa.int32()),  # within the epoch
-    ("pack", pa.int32()),  # within the step, 0 to G - 1
-    ("position", pa.int32()),  # within the pack
-    ("clip_id", pa.int64()),
-    ("epoch", pa.int32()),  # of the clip's own source: how often it came before
-    ("shard", pa.string()),
-    ("key", pa.string()),
-    ("offset", pa.int64()),
-    ("size_bytes", pa.int64()),
-    ("checksum", pa.int64()),
-    ("checked_bytes", pa.int64()),
-    ("first_frame", pa.int32()),
-    ("stride", pa.int32()),
-    ("num_frames", pa.int32()),
-    ("height", pa.int32()),
-    ("width", pa.int32()),
-    ("flip", pa.bool_()),
-    ("fps", pa.float32()),
-    ("caption", pa.string()),
-    ("tokens", pa.int32()),
-    ("text_tokens", pa.int32()),
-    ("source", pa.string()),
-    ("source_id", pa.int32()),
-    ("weight", pa.float32()),
-    ("dummy", pa.bool_()),
-]
-ROWS = pa.schema(_ROW_FIELDS)
 INDEX = pa.schema(
     [
         ("step", pa.int32()),
@@ -65,39 +37,6 @@ INDEX = pa.schema(
         ("fill", pa.float64()),
     ]
 )
-
-
-@dataclass(frozen=True)
-class ClipPlan:
-    """One clip of a pack: where its bytes lie, and what is made of them."""
-
-    clip_id: int  # -1 for a dummy
-    epoch: int  # all that is drawn for the clip is drawn for this one
-    shard: str
-    key: str
-    offset: int
-    size_bytes: int
-    checksum: int  # of its first `checked_bytes`
-    checked_bytes: int
-    view: View
-    grid: tuple[int, int, int]  # tokens in time, height, width
-    fps: float  # frames a second that the model sees
-    caption: str  # of this epoch; "" where it is dropped
-    tokens: int
-    text_tokens: int
-    source: str
-    source_id: int  # its place in `Plan.sources`; -1 for a dummy
-    weight: float
-    dummy: bool  # no storage is read: its frames are black
-
-
-@dataclass(frozen=True)
-class PackPlan:
-    """One pack of a step; `index` is its place in the step."""
-
-    clips: tuple[ClipPlan, ...]
-    index: int
-    dummy: bool = False
 
 
 @dataclass(frozen=True)
@@ -168,8 +107,7 @@ class Plan:
         self.recipe = Recipe.from_mapping(made_from["identity"]["recipe"])
         self.split: str = made_from["identity"]["split"]
         self.sources: tuple[str, ...] = tuple(made_from["sources"])
-        row = dummy_row(self.recipe, made_from["null_text_tokens"])
-        self._dummy = _clip(row, self.recipe.geometry)
+        self._dummy = dummy_clip(self.recipe, made_from["null_text_tokens"])
 
     def has_epoch(self, epoch: int) -> bool:
         """Whether the epoch's plan is committed."""
@@ -179,17 +117,17 @@ class Plan:
         """Steps in an epoch; ValueError where it was not made, here and in all below."""
         return self._index(epoch).num_rows
 
-    def locate(self, global_step: int) -> tuple[int, int]:
-        """(epoch, step) of a step counted from the run's start, through the epochs made so far."""
-        if global_step < 0:
-            raise ValueError(f"global_step={global_step} must not be negative")
-        epoch, step = 0, global_step
-        while step and step >= (num_steps := self.num_steps(epoch)):
-            epoch, step = epoch + 1, step - num_steps
-        return epoch, step
+    def locate(self, step: int) -> tuple[int, int]:
+        """(epoch, epoch_step) of a step counted from the run's start, through the epochs made."""
+        if step < 0:
+            raise ValueError(f"step={step} must not be negative")
+        epoch, epoch_step = 0, step
+        while epoch_step and epoch_step >= (num_steps := self.num_steps(epoch)):
+            epoch, epoch_step = epoch + 1, epoch_step - num_steps
+        return epoch, epoch_step
 
     def wait_for(
-        self, global_step: int, poll_s: float = 1.0, waiting: Callable[[], None] = lambda: None
+        self, step: int, poll_s: float = 1.0, waiting: Callable[[], None] = lambda: None
     ) -> None:
         """Wait until the epoch of a step is made: the driver makes one while another trains.
 
@@ -197,7 +135,7 @@ class Plan:
         """
         while True:
             try:
-                self._index(self.locate(global_step)[0])
+                self._index(self.locate(step)[0])
             except NotMadeYet:
                 waiting()
                 time.sleep(poll_s)
@@ -208,12 +146,12 @@ class Plan:
         """How many epochs so many steps are, in words."""
         return f"  {steps:,} steps are {steps / self.num_steps(0):.1f} epochs"
 
-    def totals(self, epoch: int, step: int) -> StepTotals:
+    def totals(self, epoch: int, epoch_step: int) -> StepTotals:
         """Sums over a step of an epoch."""
-        row = self._index_row(epoch, step)
+        row = self._index_row(epoch, epoch_step)
         return StepTotals(**{name: row[name] for name in StepTotals.__dataclass_fields__})
 
-    def packs(self, epoch: int, step: int, dp_rank: int, dp_size: int) -> list[PackPlan]:
+    def packs(self, epoch: int, epoch_step: int, dp_rank: int, dp_size: int) -> list[PackPlan]:
         """Packs dp_rank, dp_rank + dp_size, … of a step: ceil(G / dp_size) on every rank.
 
         Where dp_size does not divide G, some ranks get a dummy. ValueError where dp_size > G.
@@ -226,15 +164,16 @@ class Plan:
             )
         if not 0 <= dp_rank < dp_size:
             raise ValueError(f"dp_rank={dp_rank} must lie between 0 and {dp_size - 1}")
-        row = self._index_row(epoch, step)
+        row = self._index_row(epoch, epoch_step)
         rows = _read_rows(self.store, epoch, row["window"], row["row_group"])
-        start, stop = np.searchsorted(rows["step"].to_numpy(), [step, step + 1]).tolist()
+        borders = np.searchsorted(rows["step"].to_numpy(), [epoch_step, epoch_step + 1])
+        start, stop = borders.tolist()
         rows = rows.slice(start, stop - start)
         mine = rows.filter(pa.array(rows["pack"].to_numpy() % dp_size == dp_rank))
         clips: defaultdict[int, list[ClipPlan]] = defaultdict(list)
         for values in mine.to_pylist():
-            assert values["step"] == step, (values, step)
-            clips[values["pack"]].append(_clip(values, self.recipe.geometry))
+            assert values["step"] == epoch_step, (values, epoch_step)
+            clips[values["pack"]].append(ClipPlan.from_row(values, self.recipe.geometry))
         for index in range(num_packs, -(-num_packs // dp_size) * dp_size):
             if index % dp_size == dp_rank:
                 clips[index] = [self._dummy]
@@ -279,11 +218,13 @@ class Plan:
                 f"epoch {epoch} of plan {self.digest} is not made yet; make more of the plan"
             ) from error
 
-    def _index_row(self, epoch: int, step: int) -> dict[str, Any]:
+    def _index_row(self, epoch: int, epoch_step: int) -> dict[str, Any]:
         index = self._index(epoch)
-        if not 0 <= step < index.num_rows:
-            raise ValueError(f"step={step}: epoch {epoch} has steps 0 to {index.num_rows - 1}")
-        return index.slice(step, 1).to_pylist()[0]
+        if not 0 <= epoch_step < index.num_rows:
+            raise ValueError(
+                f"epoch_step={epoch_step}: epoch {epoch} has steps 0 to {index.num_rows - 1}"
+            )
+        return index.slice(epoch_step, 1).to_pylist()[0]
 
 
 def read_epoch_facts(plan: Store, epoch: int) -> dict[str, Any]:
@@ -294,38 +235,6 @@ def read_epoch_facts(plan: Store, epoch: int) -> dict[str, Any]:
         raise ValueError(f"epoch {epoch} of {plan.url} is not made yet; make it first") from error
     facts: dict[str, Any] = json.loads(metadata[b"facts"])
     return facts
-
-
-def dummy_row(recipe: Recipe, null_text_tokens: int) -> dict[str, Any]:
-    """One black clip of weight zero, of the smallest view allowed, with the empty caption."""
-    if not 1 <= null_text_tokens <= recipe.max_text_tokens:
-        raise ValueError(
-            f"max_text_tokens={recipe.max_text_tokens} must hold the empty caption's "
-            f"{null_text_tokens} tokens, and that must be 1 or more"
-        )
-    view = recipe.views.smallest_view(recipe.geometry)
-    row: dict[str, Any] = {name: "" if kind == pa.string() else 0 for name, kind in _ROW_FIELDS}
-    return row | {
-        "clip_id": -1,
-        "source_id": -1,
-        "stride": 1,
-        "num_frames": view.num_frames,
-        "height": view.height,
-        "width": view.width,
-        "fps": recipe.views.fps or 1.0,
-        "tokens": recipe.geometry.num_tokens(view.num_frames, view.height, view.width),
-        "text_tokens": null_text_tokens,
-        "flip": False,
-        "weight": 0.0,
-        "dummy": True,
-    }
-
-
-def _clip(row: dict[str, Any], geometry: Geometry) -> ClipPlan:
-    view = View(**{name: row[name] for name in View.__dataclass_fields__})
-    grid = geometry.token_grid(view.num_frames, view.height, view.width)
-    same = {n: row[n] for n in ClipPlan.__dataclass_fields__ if n not in ("view", "grid")}
-    return ClipPlan(view=view, grid=grid, **same)
 
 
 def epoch_folder(epoch: int) -> str:

@@ -27,6 +27,9 @@ REFUSALS = {
     "too_much_text": "over data.max_text_tokens",
 }
 
+# What the view of a clip follows from, beside its id: columns of the manifest.
+SEEN = ("num_frames", "fps", "height", "width")
+
 
 @dataclass(frozen=True)
 class Geometry:
@@ -163,6 +166,10 @@ class Views:
     tokens: np.ndarray  # int64
     refused: np.ndarray  # str: the cause, or ""
 
+    def columns(self) -> dict[str, np.ndarray]:
+        """Its columns by name."""
+        return dict(vars(self))
+
 
 def clip_hashes(seed: int, epoch: int, clip_ids: np.ndarray, purpose: str) -> np.ndarray:
     """(n,) ids -> (n,) uint64, a random number for each clip of one epoch and purpose."""
@@ -193,7 +200,7 @@ def choose_views(
 ) -> Views:
     """The view of each clip in an epoch.
 
-    clips: columns clip_id, num_frames, fps, height, width, (n,) each. Causes of refusal are those
+    clips: columns clip_id and SEEN, (n,) each. Causes of refusal are those
     of REFUSALS but the last.
     """
     num_frames = clips["num_frames"].astype(np.int64)

@@ -1,33 +1,31 @@
 """Packs to window files: dealt into steps of alike cost, sorted, with the index of their totals."""
 
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from framework.data.parquet import to_parquet
 from framework.data.plan.recipe import Recipe
-from framework.data.plan.store import INDEX, ROWS
+from framework.data.plan.rows import ROWS, UNPLACED, ClipPlan
+from framework.data.plan.store import INDEX
 from framework.seeding import hash64, hash64_array
 from framework.storage import Store
 
 # Steps are read by the row group: of some hundred KB, since each costs a millisecond to write.
 ROW_GROUP_CLIPS = 4096
-# Of a clip in a plan, what is known before its place in a step is.
-UNPLACED = pa.schema([field for field in ROWS if field.name not in ("step", "pack", "position")])
 
 
 class PlanWriter:
     """Packs on their way into window files; it holds the rows of clips that are not written yet."""
 
-    def __init__(self, folder: Store, recipe: Recipe, epoch: int, filler: dict[str, Any]) -> None:
+    def __init__(self, folder: Store, recipe: Recipe, epoch: int, dummy: ClipPlan) -> None:
         self.index = [INDEX.empty_table()]  # rows of the steps written
         self._steps = 0
         self._folder = folder
         self._recipe = recipe
         self._epoch = epoch
-        self._filler = filler
+        self._dummy = dummy
         self._rows = UNPLACED.empty_table()
         self._numbers = np.empty(0, np.int64)  # of the rows, ascending
         self._added = 0
@@ -78,9 +76,7 @@ class PlanWriter:
         placed = {"step": numbers, "window": np.full(len(steps), self._windows)}
         self.index.append(pa.table({**index, **placed, "row_group": row_group}, INDEX))
 
-        dummies = _dummies(
-            self._filler, int(numbers[-1]), len(steps[-1]), recipe.global_batch_packs
-        )
+        dummies = _dummies(self._dummy, int(numbers[-1]), len(steps[-1]), recipe.global_batch_packs)
         table = pa.concat_tables([table, dummies])
         starts = [borders[np.argmax(row_group == g)] for g in range(row_group[-1] + 1)]
         pieces = [
@@ -111,9 +107,10 @@ def _placed(rows: pa.Table, step: np.ndarray, pack: np.ndarray) -> pa.Table:
     return rows.select(ROWS.names).cast(ROWS)
 
 
-def _dummies(filler: dict[str, Any], step: int, num_packs: int, wanted: int) -> pa.Table:
+def _dummies(dummy: ClipPlan, step: int, num_packs: int, wanted: int) -> pa.Table:
     """Dummy packs that a step of `num_packs` lacks to `wanted`."""
-    rows = [filler | {"step": step, "pack": pack} for pack in range(num_packs, wanted)]
+    row = dummy.to_row() | {"step": step, "position": 0}
+    rows = [row | {"pack": pack} for pack in range(num_packs, wanted)]
     return pa.Table.from_pylist(rows, ROWS)
 
 

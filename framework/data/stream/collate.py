@@ -19,7 +19,7 @@ import torch
 from framework.batch import Clip, PackedBatch, ReadStats
 from framework.data.encode.latents import load_clip
 from framework.data.plan.recipe import Recipe
-from framework.data.plan.store import ClipPlan, PackPlan
+from framework.data.plan.rows import ClipPlan, PackPlan
 from framework.data.plan.views import View, kept_tokens
 from framework.data.shards.fetch import fetch
 from framework.storage import Store

@@ -29,7 +29,8 @@ from ray.data import DataContext, ExecutionOptions, ExecutionResources
 from framework.batch import Arrays, PackedBatch
 from framework.data.config import StreamConfig
 from framework.data.plan.recipe import Recipe
-from framework.data.plan.store import PackPlan, Plan
+from framework.data.plan.rows import PackPlan
+from framework.data.plan.store import Plan
 from framework.data.stream.collate import ClipReader, assemble
 
 FIRST_SEGMENT_STEPS = 4

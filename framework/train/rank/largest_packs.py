@@ -16,7 +16,7 @@ import torch
 
 from framework.batch import PackedBatch, ReadStats
 from framework.data.plan.recipe import Recipe
-from framework.data.plan.store import ClipPlan, PackPlan
+from framework.data.plan.rows import ClipPlan, PackPlan, unread_clip
 from framework.data.plan.views import View, num_kept
 from framework.data.stream.collate import (
     ClipRead,
@@ -228,23 +228,13 @@ def _share_out(total: int, count: int, least: int, most: int) -> list[int]:
 
 
 def _clip(recipe: Recipe, number: int, size: _Size, text_tokens: int) -> ClipPlan:
-    view = size.view
-    return ClipPlan(
+    return unread_clip(
+        recipe,
+        size.view,
+        text_tokens,
         clip_id=number,
-        epoch=0,
-        shard="",
         key=f"worst-{number}",
-        offset=0,
-        size_bytes=0,
-        checksum=0,
-        checked_bytes=0,
-        view=view,
-        grid=recipe.geometry.token_grid(view.num_frames, view.height, view.width),
-        fps=recipe.views.fps or 1.0,
-        caption="",
         tokens=size.tokens,
-        text_tokens=text_tokens,
-        source="",
         source_id=0,
         weight=1.0,
         dummy=False,

@@ -9,7 +9,7 @@ import pytest
 
 from framework.data.plan.cost import CostModel
 from framework.data.plan.recipe import Recipe
-from framework.data.plan.store import ClipPlan, PackPlan
+from framework.data.plan.rows import ClipPlan, PackPlan
 from framework.data.plan.views import Geometry, View, ViewConfig, kept_tokens
 from framework.data.stream.collate import VideoReader, assemble
 from framework.storage import Store

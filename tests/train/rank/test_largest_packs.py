@@ -14,7 +14,7 @@ from framework.config import compose
 from framework.data.plan.cost import CostModel
 from framework.data.plan.packing import Packer
 from framework.data.plan.recipe import Recipe
-from framework.data.plan.store import ClipPlan, PackPlan
+from framework.data.plan.rows import ClipPlan, PackPlan
 from framework.data.plan.views import Geometry, View, ViewConfig
 from framework.data.stream.collate import LatentReader, VideoReader, assemble
 from framework.storage import Store
