@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 
 from framework.data.plan.cost import CostModel
-from framework.data.plan.recipe import Recipe
-from framework.data.plan.views import Geometry, ViewConfig
+from framework.data.plan.recipe import Recipe, RecipeConfig
+from framework.data.plan.views import Geometry
 from framework.mapping import free
 
 
@@ -95,9 +95,9 @@ class SyntheticConfig:
             raise ValueError(f"fps={self.fps} must be positive")
 
 
-@dataclass(frozen=True)
-class DataConfig:
-    """Shards, their manifest, and the recipe of the plan.
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(RecipeConfig):
+    """Shards, their manifest, and what a user says of the plan.
 
     `shards` is the URL of a folder of tars, or of a table of files; `manifest` that of a folder.
     The recipe's geometry follows from codec and model; so does its cost, where `cost` is None.
@@ -105,19 +105,6 @@ class DataConfig:
 
     shards: str
     manifest: str
-    views: ViewConfig
-    max_tokens: int  # L: video tokens in a pack
-    max_text_tokens: int  # K
-    max_clips: int  # B - 1
-    global_batch_packs: int  # G: packs in a step
-    policy: str = "mixed"
-    window_steps: int = 64
-    lookahead: int = 4096  # clips that are packed together
-    drop_caption: float = 0.1
-    sources: dict[str, float] = field(default_factory=dict)  # source -> share; empty: all, once
-    where: str = ""  # such as "motion > 0.2 and aesthetic > 4.5"
-    # Masked training: (from this epoch on, share of each clip's tokens that is kept), …
-    keep: tuple[tuple[int, float], ...] = ((0, 1.0),)
     cost: CostModel | None = None
     # A file (URL) of clips to take out of a run that is under way, see
     # framework.data.manifest.read_clip_ids: the plan stays, they leave holes of weight zero.
@@ -132,21 +119,10 @@ class DataConfig:
 
     def recipe(self, geometry: Geometry, cost: CostModel, seed: int) -> Recipe:
         """The recipe of the plan; ValueError where its parts do not fit together."""
-        return Recipe(
-            views=self.views,
+        return Recipe.of(
+            self,
             geometry=geometry,
             cost=self.cost or cost,
-            max_tokens=self.max_tokens,
-            max_text_tokens=self.max_text_tokens,
-            max_clips=self.max_clips,
-            global_batch_packs=self.global_batch_packs,
-            policy=self.policy,
-            window_steps=self.window_steps,
-            lookahead=self.lookahead,
-            drop_caption=self.drop_caption,
-            sources=self.sources,
-            where=self.where,
             encoded=bool(self.latents),
-            keep=self.keep,
             seed=seed,
         )

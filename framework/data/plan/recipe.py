@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -15,9 +15,9 @@ from framework.data.plan.views import Geometry, ViewConfig
 FORMAT = 3  # of the plan's files and of the planner's choices: a change must give other digests
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """How clips become packs and packs become steps; G, L, K and B - 1 of the shape legends.
+@dataclass(frozen=True, kw_only=True)
+class RecipeConfig:
+    """What a user says of how clips become packs and packs steps; G, L, K and B - 1.
 
     A step is `global_batch_packs` packs, whatever the number of ranks. Packs of `policy` "mixed"
     hold clips of any size; "bucketed" packs hold clips of one token grid each, which a CPU can
@@ -25,8 +25,6 @@ class Recipe:
     """
 
     views: ViewConfig
-    geometry: Geometry
-    cost: CostModel
     max_tokens: int  # L: video tokens in a pack
     max_text_tokens: int  # K: text tokens in a pack
     max_clips: int  # B - 1: clips in a pack
@@ -41,12 +39,12 @@ class Recipe:
     # Source -> its share of the clips, in any unit; those not named are left out. Empty: every
     # clip of every source once an epoch.
     sources: dict[str, float] = field(default_factory=dict)
-    where: str = ""  # a filter, see framework.data.manifest.where; empty: all clips
-    encoded: bool = False  # the clips are latents of views that were chosen before
+    # A filter, such as "motion > 0.2 and aesthetic > 4.5", see framework.data.manifest.where;
+    # empty: all clips.
+    where: str = ""
     # Masked training, in phases: (from this epoch on, share of each clip's tokens that is kept).
     # NaViT (Dehghani et al. 2023), sec. 2.2; MaskDiT (Zheng et al. 2023) without its decoder.
     keep: tuple[tuple[int, float], ...] = ((0, 1.0),)
-    seed: int = 0
 
     def __post_init__(self) -> None:
         counts = (
@@ -73,6 +71,19 @@ class Recipe:
                 raise ValueError(f"keep has {rate} from epoch {start}: it must lie in (0, 1]")
         if not 0.0 <= self.drop_caption <= 1.0:
             raise ValueError(f"drop_caption={self.drop_caption} must lie in [0, 1]; try 0.1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(RecipeConfig):
+    """All that shapes a plan beside the clips: what the user says, and what follows from it."""
+
+    geometry: Geometry
+    cost: CostModel
+    encoded: bool = False  # the clips are latents of views that were chosen before
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self.views.check(self.geometry)
         view = self.views.smallest_view(self.geometry)
         tokens = self.geometry.num_tokens(view.num_frames, view.height, view.width)
@@ -81,6 +92,20 @@ class Recipe:
                 f"max_tokens={self.max_tokens} must hold the smallest view, {view.num_frames} "
                 f"frames of {view.height}x{view.width}; try {tokens} or more"
             )
+
+    @classmethod
+    def of(
+        cls,
+        config: RecipeConfig,
+        *,
+        geometry: Geometry,
+        cost: CostModel,
+        encoded: bool = False,
+        seed: int = 0,
+    ) -> "Recipe":
+        """A config, of this class or one below it, made complete."""
+        said = {f.name: getattr(config, f.name) for f in fields(RecipeConfig)}
+        return cls(**said, geometry=geometry, cost=cost, encoded=encoded, seed=seed)
 
     @property
     def dummy_cost(self) -> int:

@@ -5,7 +5,7 @@ import math
 import pickle
 import threading
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import pyarrow as pa
@@ -13,7 +13,7 @@ import pytest
 
 from framework.data.plan.cost import CostModel
 from framework.data.plan.planner import make_epoch
-from framework.data.plan.recipe import Recipe
+from framework.data.plan.recipe import Recipe, RecipeConfig, plan_digest, plan_identity
 from framework.data.plan.store import Plan
 from framework.data.plan.views import Geometry, ViewConfig, kept_tokens
 from framework.data.plan.writer import deal_steps
@@ -234,6 +234,21 @@ def test_all_that_shapes_a_plan_names_it(store, plan):
     assert len(digests) == 8
 
 
+def test_digests_are_those_of_the_same_recipes_before():
+    """A run resumes only where its plan is found again under the same name."""
+    other = replace(
+        RECIPE,
+        sources={"web": 2.0, "film": 1.0},
+        where="motion > 1",
+        keep=((0, 0.25), (3, 1.0)),
+        encoded=True,
+    )
+    digests = [
+        plan_digest(plan_identity(recipe, "clips", "bytes", "train")) for recipe in (RECIPE, other)
+    ]
+    assert digests == ["f0dd379719b991b7", "750d323ead5d1ab9"]
+
+
 def test_any_step_reads_the_same_from_a_fresh_reader(store, plan):
     make(store, epoch=1)
     steps = [(epoch, step) for epoch in (0, 1) for step in range(plan.num_steps(epoch))]
@@ -407,6 +422,16 @@ def test_mistakes_are_answered(plan, tmp_path):
 def test_a_recipe_that_cannot_be(changes, message):
     with pytest.raises(ValueError, match=message):
         replace(RECIPE, **changes)
+
+
+def test_what_a_user_says_is_checked_before_the_geometry_is_known():
+    said = {f.name: getattr(RECIPE, f.name) for f in fields(RecipeConfig)}
+    with pytest.raises(ValueError, match="policy='best'"):
+        RecipeConfig(**said | {"policy": "best"})
+    config = RecipeConfig(**said)
+    assert Recipe.of(config, geometry=RECIPE.geometry, cost=RECIPE.cost, seed=3) == RECIPE
+    follows = {f.name for f in fields(Recipe)} - said.keys()
+    assert follows == {"geometry", "cost", "encoded", "seed"}
 
 
 @pytest.mark.parametrize("changes", [{"linear": -1}, {"linear": 0, "quadratic": 0}])
