@@ -12,7 +12,7 @@ from framework.data.plan.cost import CostModel
 from framework.data.plan.packing import PackLimits
 from framework.data.plan.views import Geometry, ViewConfig
 
-FORMAT = 3  # of the plan's files and of the planner's choices: a change must give other digests
+FORMAT = 4  # of the plan's files and of the planner's choices: a change must give other digests
 
 
 @dataclass(frozen=True, kw_only=True)

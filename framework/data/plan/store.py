@@ -32,11 +32,16 @@ INDEX = pa.schema(
         ("tokens", pa.int64()),
         ("loss_tokens", pa.int64()),
         ("text_tokens", pa.int64()),
+        ("pixels", pa.int64()),  # of views: frames times height times width
         ("cost", pa.int64()),
         ("max_cost", pa.int64()),
         ("fill", pa.float64()),
     ]
 )
+
+
+# What a loss may be averaged over -> the field of StepTotals that counts it.
+AVERAGED_OVER = {"video_tokens": "loss_tokens", "text_tokens": "text_tokens", "pixels": "pixels"}
 
 
 @dataclass(frozen=True)
@@ -48,8 +53,15 @@ class StepTotals:
     tokens: int
     loss_tokens: int
     text_tokens: int
+    pixels: int  # of the views: frames times height times width
     cost: int
     max_cost: int  # of the dearest pack
+
+    def averaged_over(self, what: str) -> int:
+        """How many there are of what a loss is averaged over: a key of AVERAGED_OVER."""
+        if what not in AVERAGED_OVER:
+            raise ValueError(f"{what!r} must be one of {', '.join(AVERAGED_OVER)}")
+        return int(getattr(self, AVERAGED_OVER[what]))
 
 
 @dataclass(frozen=True)

@@ -122,8 +122,10 @@ def _totals(
     borders: (n + 1,) rows where steps begin; costs: of each step's packs.
     """
 
-    def by_step(name: str) -> np.ndarray:
-        return np.add.reduceat(table[name].to_numpy().astype(np.int64), borders[:-1])
+    def by_step(*names: str) -> np.ndarray:
+        """Sums over steps of the product of some columns."""
+        factors = [table[name].to_numpy().astype(np.int64) for name in names]
+        return np.add.reduceat(np.prod(factors, axis=0), borders[:-1])
 
     packs = np.array([len(step) for step in costs])
     lacking = recipe.global_batch_packs - packs
@@ -133,6 +135,7 @@ def _totals(
         "tokens": by_step("tokens"),
         "loss_tokens": by_step("tokens"),
         "text_tokens": by_step("text_tokens"),
+        "pixels": by_step("num_frames", "height", "width"),
         "cost": np.array([step.sum() for step in costs]) + lacking * recipe.dummy_cost,
         "max_cost": np.array([step.max() for step in costs]),
         "fill": by_step("tokens") / (packs * recipe.max_tokens),

@@ -13,7 +13,7 @@ import pytest
 
 from framework.data.plan.cost import CostModel
 from framework.data.plan.planner import make_epoch
-from framework.data.plan.recipe import Recipe, RecipeConfig, plan_digest, plan_identity
+from framework.data.plan.recipe import FORMAT, Recipe, RecipeConfig, plan_digest, plan_identity
 from framework.data.plan.store import Plan
 from framework.data.plan.views import Geometry, ViewConfig, kept_tokens
 from framework.data.plan.writer import deal_steps
@@ -246,7 +246,12 @@ def test_digests_are_those_of_the_same_recipes_before():
     digests = [
         plan_digest(plan_identity(recipe, "clips", "bytes", "train")) for recipe in (RECIPE, other)
     ]
-    assert digests == ["f0dd379719b991b7", "750d323ead5d1ab9"]
+    # Format 4 added the pixels of each step to the index. In format 3 these were
+    # f0dd379719b991b7 and 750d323ead5d1ab9.
+    assert FORMAT == 4
+    assert digests == ["ed3a2687ceac306c", "849603666f8a4e16"]
+    identity = plan_identity(RECIPE, "clips", "bytes", "train")
+    assert plan_digest(identity | {"format": 3}) == "f0dd379719b991b7"
 
 
 def test_any_step_reads_the_same_from_a_fresh_reader(store, plan):
@@ -287,9 +292,16 @@ def test_totals_and_summary_agree_with_the_packs(plan):
         assert totals.clips == len(real)
         assert totals.tokens == totals.loss_tokens == sum(clip.tokens for clip in real)
         assert totals.text_tokens == sum(clip.text_tokens for clip in real)
+        views = [clip.view for clip in real]
+        assert totals.pixels == sum(v.num_frames * v.height * v.width for v in views)
+        assert totals.averaged_over("video_tokens") == totals.loss_tokens
+        assert totals.averaged_over("text_tokens") == totals.text_tokens
+        assert totals.averaged_over("pixels") == totals.pixels
         assert totals.cost == sum(costs)
         assert costs[: totals.packs] == sorted(costs[: totals.packs], reverse=True)
         maxima, means = maxima + max(costs), means + sum(costs) / 8
+    with pytest.raises(ValueError, match="'frames' must be one of video_tokens, text_tokens, pix"):
+        totals.averaged_over("frames")
     assert summary.imbalance == pytest.approx(maxima / means, rel=1e-12)  # float64 sums
     assert summary.clips + sum(summary.refused.values()) == summary.offered == 300
     assert f"{summary.clips:,} of 300 used" in str(summary)
