@@ -23,7 +23,7 @@ from torch import distributed
 
 from framework.assembly import Assembly
 from framework.config import compose
-from framework.train.rank.largest_packs import describe, worst_packs
+from framework.train.rank.largest_packs import describe, largest_packs
 
 WORLD, STEPS = 2, 2
 DEFAULTS = (
@@ -58,13 +58,13 @@ def run(rank: int, folder: Path, overrides: list[str]) -> None:
     }
     reader = assembly.reader(str(folder))
     longest_text = getattr(assembly.text, "max_tokens", None)
-    pack = worst_packs(assembly.recipe(), reader, longest_text)[0]
+    pack = largest_packs(assembly.recipe(), reader, longest_text)[0]
     objective = assembly.build_objective()
-    draw = objective.draw(pack, seed=0)
+    draw = objective.draw(pack, seed=0, step=0)
     steps = []
     for _ in range(STEPS):
         began = time.perf_counter()
-        loss = objective.loss(engine.model, pack, draw).sum() / len(pack.tokens)
+        loss = objective.loss(engine.model, pack, draw).by_clip.sum() / len(pack.tokens)
         forward_s = time.perf_counter() - began
         engine.backward(loss)
         backward_s = time.perf_counter() - began - forward_s

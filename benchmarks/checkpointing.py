@@ -5,7 +5,7 @@
 Forward and backward of one pack of seven clips, no optimizer, each mode in a process of its own, on
 the GPU in bf16 or on one thread of the CPU in float32. Memory is the peak above what weights and
 gradients take: as the CUDA allocator has it, or the process's resident memory. Beside it stands
-what `model_zoo.memory.activation_bytes` says, which leaves out what lives for a moment only.
+what `ModelConfig.activation_bytes` says, which leaves out what lives for a moment only.
 
 The last line is JSON.
 """
@@ -21,8 +21,7 @@ import torch
 
 from benchmarks.gpu_step import TEXT_DIM, TOKEN_SIZE, pack_of, seconds
 from framework.config import compose
-from model_zoo.layers import CheckpointPolicy
-from model_zoo.memory import activation_bytes
+from model_zoo.checkpointing import CheckpointPolicy
 
 MODES = {
     "none": CheckpointPolicy("none"),
@@ -64,7 +63,7 @@ def measure(name: str, num_tokens: int, policy: CheckpointPolicy, repeats: int) 
     before = _memory(device, reset=True)
     took = seconds(step, device, repeats)
     tokens = len(batch.tokens)
-    formula = activation_bytes(config, dtype.itemsize, tokens, policy)
+    formula = config.activation_bytes(dtype.itemsize, tokens, policy) or 0
     return Found(took, (_memory(device) - before) / 2**30, formula / 2**30)
 
 

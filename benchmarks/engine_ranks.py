@@ -102,7 +102,7 @@ class Line:
             totals, packs = plan.totals(epoch, epoch_step), []
             for pack in plan.packs(epoch, epoch_step, self._rank, self.world):
                 batch = assemble(pack, reader, plan.recipe, self.assembly.data.stream.static_shapes)
-                packs.append((batch, self.objective.draw(batch, self.assembly.seed)))
+                packs.append((batch, self.objective.draw(batch, self.assembly.seed, number)))
             made.append(
                 StepInput(number, epoch, epoch_step, totals.loss_tokens, totals.tokens, packs)
             )

@@ -23,8 +23,8 @@ from model_zoo.attention import (
     dense_attention,
     packed_attention,
 )
+from model_zoo.checkpointing import CheckpointMode, CheckpointPolicy
 from model_zoo.flops import training_flops_per_token
-from model_zoo.layers import CheckpointMode, CheckpointPolicy
 
 Grid = tuple[int, int, int]
 TOKEN_SIZE, TEXT_DIM, TEXT_TOKENS = 64, 4096, 64

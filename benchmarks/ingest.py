@@ -56,7 +56,7 @@ from framework.data.shards.tar import write_shards
 from framework.data.stream.collate import VideoReader
 from framework.data.stream.stream import open_stream
 from framework.demo.local_s3 import s3_server
-from framework.encoders import CaptionEncoder, FrameEncoder, Patchifier, TextEmbedder, Tokenizer
+from framework.encoders import CaptionEncoder, Encoders, Patchifier, Tokenizer
 from framework.storage import Store
 from framework.video import decode, encode
 from model_zoo.codecs.identity import IdentityConfig
@@ -75,7 +75,7 @@ WARMUP_S = 8.0
 CHECKED_CLIPS = 8
 BUCKET = "bench"
 PATCH = (1, 16, 16)
-TOKENIZER = Tokenizer(FrameEncoder(IdentityConfig()), Patchifier(PATCH))
+TOKENIZER = Tokenizer(Encoders(IdentityConfig(), ByteTextConfig()), Patchifier(PATCH))
 TOKEN_SIZE = 3 * 16 * 16
 TEXT = ByteTextConfig()
 # Two segments of 24 packs of identity tokens.
@@ -208,20 +208,19 @@ def prepare(folder: Path, stride: int, window_s: float) -> Work:
     manifest = read_manifest(str(folder / "manifest"))
     seen = len(range(0, NUM_FRAMES, stride))
     geometry = Geometry(1, 1, False, PATCH)
-    text = TEXT.build()
     recipe = Recipe(
         views=ViewConfig(frames=(seen,), sizes=((SEEN_HEIGHT, SEEN_WIDTH),), fps=FPS / stride),
         geometry=geometry,
         cost=CostModel(linear=1),
         max_tokens=CLIPS_PER_PACK * geometry.num_tokens(seen, SEEN_HEIGHT, SEEN_WIDTH),
-        max_text_tokens=CLIPS_PER_PACK * text.max_tokens,
+        max_text_tokens=CLIPS_PER_PACK * TEXT.max_tokens,
         max_clips=CLIPS_PER_PACK,
         global_batch_packs=1,
         drop_caption=0.0,
     )
     for epoch in range(EPOCHS):
         run = Store(folder / "run")
-        plan = make_epoch(manifest, recipe, run, epoch, text.num_tokens, text.fingerprint)
+        plan = make_epoch(manifest, recipe, run, epoch, TEXT.num_tokens, TEXT.fingerprint)
     return Work(str(folder), shards, plan.digest, stride, window_s)
 
 
@@ -283,7 +282,7 @@ def ours(work: Work) -> Iterator[Pack]:
         token_size=TOKEN_SIZE,
         exclude=frozenset(),
         tokenize=work.tokenizer,
-        encode_text=CaptionEncoder(TextEmbedder(TEXT)),
+        encode_text=CaptionEncoder(TOKENIZER.encoders),
     )
     keys = {clip_id(s, f"clip-{i:06d}"): i for i, s in clips_of(work)}
     stop = EPOCHS * CLIPS // CLIPS_PER_PACK

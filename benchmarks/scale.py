@@ -35,9 +35,10 @@ from framework.data.plan.store import Plan
 from framework.data.plan.views import Geometry, ViewConfig, choose_views
 from framework.data.stream.collate import ClipRead, ClipReader, VideoReader
 from framework.data.stream.stream import open_stream, segment_steps
-from framework.encoders import CaptionEncoder, TextEmbedder
+from framework.encoders import CaptionEncoder, Encoders
 from framework.storage import Store
 from framework.video import decode, encode
+from model_zoo.codecs.identity import IdentityConfig
 from model_zoo.text.byte import ByteTextConfig
 
 RANKS = (8, 64, 512, 4096)
@@ -84,7 +85,7 @@ class IdleReader(VideoReader):
 
 def idle_reader(token_size: int, pause_s: float = 0.0) -> IdleReader:
     """A reader of nothing."""
-    text = CaptionEncoder(TextEmbedder(TEXT))
+    text = CaptionEncoder(Encoders(IdentityConfig(), TEXT))
     return IdleReader(Store("/"), token_size, frozenset(), no_tokens, text, pause_s)
 
 
@@ -149,7 +150,7 @@ def tiny_plan(folder: str, ranks: int) -> Plan:
         global_batch_packs=ranks,
     )
     store = Store(folder).child(str(ranks))
-    return make_epoch(mixture(400 * 32), recipe, store, 0, TEXT.build().num_tokens, "bytes")
+    return make_epoch(mixture(400 * 32), recipe, store, 0, TEXT.num_tokens, "bytes")
 
 
 def cpu_by_group() -> Counter[str]:

@@ -7,14 +7,13 @@ reader's tokens from codec and patchify, the objective's scale from the codec's 
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import nn
 
 from framework.data.config import DataConfig
-from framework.data.encode.latents import Encoders, load_text
+from framework.data.encode.latents import load_text
 from framework.data.manifest.table import Manifest, read_clip_ids, read_manifest
 from framework.data.plan.cost import CostModel
 from framework.data.plan.planner import check_choice, make_epoch
@@ -22,39 +21,64 @@ from framework.data.plan.recipe import Recipe
 from framework.data.plan.store import Plan
 from framework.data.plan.views import Geometry
 from framework.data.stream.collate import ClipReader, LatentReader, VideoReader
-from framework.encoders import (
-    CaptionEncoder,
-    FrameEncoder,
-    LatentDecoder,
-    Patchifier,
-    TextEmbedder,
-    Tokenizer,
-    built,
-)
+from framework.diffusion.denoiser import Denoiser
+from framework.encoders import CaptionEncoder, Encoders, Patchifier, Tokenizer
 from framework.mapping import differences
-from framework.objectives.objective import Objective
-from framework.run.checkpoint import Checkpoint
-from framework.run.identity import Identity
+from framework.objectives.objective import DiffusionObjective, Objective, ObjectiveConfig
+from framework.run.identity import Identity, RunSection
 from framework.storage import Store
+from model_zoo.checkpointing import PackedModel
 from model_zoo.flops import Work, cost_coefficients
 from model_zoo.patchify import patch_std
-from model_zoo.protocols import TextEncoder, VideoCodec
+from model_zoo.protocols import CodecConfig, ModelConfig, TextConfig
+
+
+class LineConfig(Protocol):
+    """What a line is made from; a run config is one."""
+
+    @property
+    def run(self) -> RunSection:
+        """Of the run's own settings, its seed."""
+
+    @property
+    def model(self) -> ModelConfig:
+        """Of the denoiser."""
+
+    @property
+    def codec(self) -> CodecConfig:
+        """Of the video codec."""
+
+    @property
+    def text(self) -> TextConfig:
+        """Of the text encoder."""
+
+    @property
+    def objective(self) -> ObjectiveConfig:
+        """What the model is trained to do."""
+
+    @property
+    def data(self) -> DataConfig:
+        """Where clips come from, and what becomes of them."""
+
+    @property
+    def identity(self) -> Identity:
+        """The config as runs keep and compare it."""
 
 
 @dataclass(frozen=True)
 class Assembly:
     """Configs of one line; every method builds a live part of it."""
 
-    model: Any
-    codec: Any
-    text: Any
-    objective: Any
+    model: ModelConfig
+    codec: CodecConfig
+    text: TextConfig
+    objective: ObjectiveConfig
     data: DataConfig
     seed: int
     identity: Identity  # of the run
 
     @classmethod
-    def of(cls, config: Any) -> "Assembly":
+    def of(cls, config: LineConfig) -> "Assembly":
         """The line of a run config."""
         return cls(
             config.model,
@@ -66,14 +90,6 @@ class Assembly:
             config.identity,
         )
 
-    def build_codec(self) -> VideoCodec:
-        """The video codec; one instance in a process."""
-        return built(self.codec)
-
-    def build_text(self) -> TextEncoder:
-        """The text encoder; one instance in a process."""
-        return built(self.text)
-
     @property
     def patch_size(self) -> tuple[int, int, int]:
         """Latents (time, height, width) in one token."""
@@ -82,13 +98,13 @@ class Assembly:
     @property
     def geometry(self) -> Geometry:
         """How frames become tokens; planner and reader share it."""
-        codec = self.build_codec()
+        codec = self.codec
         return Geometry(codec.temporal_stride, codec.spatial_stride, codec.causal, self.patch_size)
 
     @property
     def token_size(self) -> int:
         """P: values in one token."""
-        return self.build_codec().channels * int(np.prod(self.patch_size))
+        return self.codec.channels * int(np.prod(self.patch_size))
 
     def recipe(self) -> Recipe:
         """The plan's recipe, complete with the geometry and the run's seed."""
@@ -99,7 +115,7 @@ class Assembly:
     def check(self) -> None:
         """ValueError where the parts do not fit together; builds the model without memory."""
         keep = self.recipe().keep
-        if min(rate for _, rate in keep) < 1 and not getattr(self.model, "drops_tokens", True):
+        if min(rate for _, rate in keep) < 1 and not self.model.drops_tokens:
             raise ValueError(f"data.keep={keep}: this model wants all tokens of a clip")
         self.num_parameters()
         self.build_objective()
@@ -112,8 +128,7 @@ class Assembly:
 
     def work(self) -> Work:
         """What a forward pass of the model takes."""
-        text_dim = getattr(self.build_text(), "dim", None)
-        return self.model.work(self.token_size, text_dim)
+        return self.model.work(self.token_size, self.text.dim)
 
     def num_parameters(self) -> int:
         """Of the denoiser, counted without memory for it."""
@@ -152,7 +167,7 @@ class Assembly:
     def make_plan(self, run: Store, steps: int, say: Callable[[str], None]) -> Plan:
         """Make epochs of the plan until `steps` steps are planned; what is committed is kept."""
         manifest = self.pinned_manifest(run)
-        recipe, text = self.recipe(), self.build_text()
+        recipe, text = self.recipe(), self.text
         planned, epoch = 0, 0
         while planned < steps:
             plan = make_epoch(manifest, recipe, run, epoch, text.num_tokens, text.fingerprint)
@@ -162,11 +177,10 @@ class Assembly:
             epoch += 1
         return plan
 
-    def build_model(self) -> nn.Module:
+    def build_model(self) -> PackedModel:
         """The denoiser on the CPU (or where the caller's context puts it), same for one seed."""
-        text = self.build_text()
-        longest, positions = getattr(text, "max_tokens", 0), self.model.text_max_length
-        if longest > positions:
+        longest, positions = self.text.max_tokens, self.model.text_max_length
+        if positions is not None and longest > positions:
             raise ValueError(
                 f"text.max_tokens={longest} is more than model.text_max_length={positions}; "
                 "raise the latter"
@@ -174,47 +188,27 @@ class Assembly:
         torch.manual_seed(self.seed)
         return self.model.build(
             token_size=self.token_size,
-            text_vocab=getattr(text, "vocab_size", None),
-            text_dim=getattr(text, "dim", None),
+            text_vocab=self.text.vocab_size,
+            text_dim=self.text.dim,
         )
-
-    def load_model(self, run: Store, checkpoint: str, weights: str) -> tuple[nn.Module, int]:
-        """The model in eval mode, on the GPU where there is one, and its step.
-
-        run: the run's folder. checkpoint: "latest", "init" (before training), a step, or the URL of
-        a checkpoint. weights: "ema" or "weights". ValueError where there is no such committed
-        checkpoint, or where it was trained with another model, codec, text encoder or objective.
-        """
-        from framework.run.checkpoint import find_checkpoint, load_weights
-
-        model, step = self.build_model().eval(), 0
-        if checkpoint != "init":
-            found = find_checkpoint(run.child("checkpoints"), checkpoint)
-            self._check_meant_for(found)
-            load_weights(found, model, weights)
-            step = found.step
-        return model.to("cuda" if torch.cuda.is_available() else "cpu"), step
 
     def network(self) -> Identity:
         """What weights mean something with."""
         return self.identity.part("model", "codec", "text", "objective")
 
-    def _check_meant_for(self, checkpoint: Checkpoint) -> None:
-        """Shapes alone would let other heads, frequencies or text lengths pass, and give noise."""
-        there = Identity(checkpoint.meta.get("config", {})).part(
-            "model", "codec", "text", "objective"
-        )
-        differing = self.network().differences(there.values)
-        if there.values and differing:
-            raise ValueError(
-                f"{checkpoint.store.url} was trained with another config:\n  "
-                + "\n  ".join(differing)
-                + "\ngive experiment=… or the same overrides as in training"
-            )
-
     def build_objective(self) -> Objective:
         """The objective, scaled by the codec's statistics."""
-        return self.objective.build(patch_std(self.build_codec().latent_std, self.patch_size))
+        return self.objective.build(patch_std(self.codec.latent_std, self.patch_size))
+
+    def denoiser(self, model: PackedModel) -> Denoiser[DiffusionObjective]:
+        """The model with its objective; ValueError where the latter is none of diffusion."""
+        objective = self.build_objective()
+        if not isinstance(objective, DiffusionObjective):
+            raise ValueError(
+                f"objective={type(objective).__name__} is none of diffusion: there is no path from "
+                "noise to data to sample along"
+            )
+        return Denoiser(model, objective)
 
     def reader(self, shards_url: str) -> ClipReader:
         """Reads clips of a plan as tokens."""
@@ -226,26 +220,26 @@ class Assembly:
                 token_size=self.token_size,
                 exclude=exclude,
                 patchify=patchifier,
-                decode=LatentDecoder(self.codec),
+                decode=self.encoders().latents_to_frames,
                 null_text=load_text(shards.read("null_text.safetensors")).numpy(),
             )
         return VideoReader(
             shards=shards,
             token_size=self.token_size,
             exclude=exclude,
-            tokenize=Tokenizer(FrameEncoder(self.codec), patchifier),
-            encode_text=CaptionEncoder(TextEmbedder(self.text)),
+            tokenize=Tokenizer(self.encoders(), patchifier),
+            encode_text=CaptionEncoder(self.encoders()),
         )
 
     def encoders(self) -> Encoders:
-        """The networks that `framework.data.encode` runs."""
-        return Encoders(FrameEncoder(self.codec), TextEmbedder(self.text))
+        """The frozen networks; they are built where they are first used."""
+        return Encoders(self.codec, self.text)
 
     def encoding(self) -> dict[str, Any]:
         """All that latents depend on beside the clips, in plain JSON."""
         made_with = {
-            "codec": self.build_codec().fingerprint,
-            "text": self.build_text().fingerprint,
+            "codec": self.codec.fingerprint,
+            "text": self.text.fingerprint,
             "dtype": self.data.encode.dtype,
             "views": asdict(self.data.views),
             "geometry": asdict(self.geometry),

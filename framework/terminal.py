@@ -3,10 +3,13 @@
 import contextlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
 from framework.run.logs import RunLog
+
+Line = dict[str, Any]  # {"stage"}, {"text"}, or a step with its figures
+Show = Callable[[Line], None]
 
 
 def duration(seconds: float) -> str:
@@ -47,8 +50,8 @@ class Terminal:
             f"\n[{number}/{count}] {name}   ({elapsed} so far, about {duration(rest_s)} to go)"
         )
 
-    def show(self, line: dict[str, Any]) -> None:
-        """A line of a running job: {"stage"}, {"text"}, or a step with its figures."""
+    def show(self, line: Line) -> None:
+        """A line of a running job."""
         if "text" in line:
             self.say(f"  {line['text']}")
             return

@@ -16,13 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from model_zoo.checkpointing import PackedModel
 from model_zoo.convert import WanShape, load_wan, read_tensors, wan_config, wan_names, wan_pieces
 from model_zoo.models.dit import DiTConfig
 from model_zoo.models.dit_original import OriginalDiTConfig
 from model_zoo.models.mmdit import MMDiTConfig
 from model_zoo.models.uvit import UViTConfig
+from model_zoo.protocols import ModelConfig
 
 WAN = "WanTransformer3DModel"
+_ZooConfig = DiTConfig | MMDiTConfig | OriginalDiTConfig | UViTConfig
 # The class that `build` makes, as config.json names it -> its config.
 _CONFIGS: dict[str, type] = {
     "DiT": DiTConfig,
@@ -37,7 +40,7 @@ _BESIDE = ("channels", "text_vocab", "text_dim")
 class Network:
     """A denoiser's config, and what its `build` wants beside it."""
 
-    config: Any
+    config: ModelConfig
     channels: int  # of the latents
     text_vocab: int | None  # where text comes as ids
     text_dim: int | None  # where it comes as embeddings
@@ -47,7 +50,7 @@ class Network:
         """Values in one patch."""
         return self.channels * prod(self.config.patch_size)
 
-    def build(self) -> nn.Module:
+    def build(self) -> PackedModel:
         """The model, on torch's default device, with weights of its own."""
         return self.config.build(self.token_size, self.text_vocab, self.text_dim)
 
@@ -79,21 +82,22 @@ class FolderFormat:
 
 def folder_format(network: Network) -> FolderFormat:
     """As a Wan where it is one, else as our own; ValueError where it is no model of this zoo."""
+    ours = network.config
     names = {config: name for name, config in _CONFIGS.items()}
-    if type(network.config) not in names:
+    if not isinstance(ours, _ZooConfig) or type(ours) not in names:
         raise ValueError(
-            f"{type(network.config).__name__} is not known; there are "
+            f"{type(ours).__name__} is not known; there are "
             + ", ".join(config.__name__ for config in _CONFIGS.values())
         )
     beside = {name: getattr(network, name) for name in _BESIDE}
-    options = asdict(network.config)
+    options = asdict(ours)
     options.pop("attention", None)  # which kernel computes it is up to the machine that loads
-    own = {"_class_name": names[type(network.config)], **beside, **options}
-    if not isinstance(network.config, DiTConfig):
+    own = {"_class_name": names[type(ours)], **beside, **options}
+    if not isinstance(ours, DiTConfig):
         return FolderFormat(own, why_not_wan=f"{own['_class_name']} is another model than Wan")
     if network.text_dim is None:
         return FolderFormat(own, why_not_wan="text comes as ids: Wan reads embeddings")
-    shape = WanShape(network.config, network.channels, network.text_dim)
+    shape = WanShape(ours, network.channels, network.text_dim)
     try:
         return FolderFormat(wan_config(shape), shape, wan_names(shape.config.depth))
     except ValueError as error:

@@ -6,63 +6,18 @@ uniform with zero bias (as in DiT and Wan), from torch's global generator.
 """
 
 import math
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from model_zoo.attention import (
-    ATTENTION_OPERATORS,
-    Segments,
-    check_backend_name,
-    packed_attention,
-)
+from model_zoo.attention import Segments, check_backend_name, packed_attention
+from model_zoo.checks import check_choice
 from model_zoo.rope import rotate
 
-CheckpointMode = Literal["none", "full", "every_k", "selective"]
 QKNormOver = Literal["head", "width"]
 Gelu = Literal["tanh", "none"]
-
-
-@dataclass(frozen=True)
-class CheckpointPolicy:
-    """Which blocks are computed again in the backward pass instead of keeping their activations.
-
-    "full": all; "every_k": the first of each `every` blocks, for less memory saved and less time
-    lost; "selective": all, but for the attention itself, whose outputs are kept: they are a small
-    part of the memory, and the part that grows with the square of a clip's length; "none".
-    """
-
-    mode: CheckpointMode = "none"
-    every: int = 1
-
-    def __post_init__(self) -> None:
-        check_choice("mode", self.mode, CheckpointMode)
-        if self.every < 1:
-            raise ValueError(f"every={self.every} must be at least 1; 1 means all blocks")
-
-    def applies(self, block: int) -> bool:
-        """Whether the block of this index is computed again."""
-        if self.mode == "every_k":
-            return block % self.every == 0
-        return self.mode in ("full", "selective")
-
-    def run(self, block: nn.Module, index: int, *inputs: Any) -> Any:
-        """`block(*inputs)`, by this policy."""
-        if self.applies(index) and torch.is_grad_enabled():
-            # Nothing in a block is random, so no generator's state need be kept.
-            options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
-            if self.mode == "selective":
-                options["context_fn"] = _keeping_attention
-            return checkpoint(block, *inputs, **options)
-        return block(*inputs)
-
-
-def _keeping_attention() -> Any:
-    return create_selective_checkpoint_contexts(list(ATTENTION_OPERATORS))
 
 
 class Linear(nn.Linear):
@@ -254,21 +209,6 @@ def sinusoidal_embedding(position: Tensor, dim: int) -> Tensor:
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 
-def check_choice(name: str, value: str, choices: Any) -> None:
-    """ValueError unless `value` is one of a Literal's; `name` is the field's."""
-    if value not in get_args(choices):
-        raise ValueError(
-            f"{name}={value!r} is not known; use one of {', '.join(get_args(choices))}"
-        )
-
-
-def check_positive(config: Any, *names: str) -> None:
-    """ValueError where one of these fields of a config is below 1."""
-    for name in names:
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name}={getattr(config, name)} must be at least 1")
-
-
 def check_shared(config: Any) -> None:
     """ValueError where a field that every model's config has is out of its range."""
     if min(config.patch_size) < 1:
@@ -279,13 +219,3 @@ def check_shared(config: Any) -> None:
         raise ValueError(f"text_depth={config.text_depth} must not be negative")
     check_choice("gelu", config.gelu, Gelu)
     check_backend_name(config.attention)
-
-
-def head_dim(hidden_size: int, num_heads: int) -> int:
-    """Channels of one attention head; ValueError where the heads do not divide the width."""
-    if hidden_size % num_heads:
-        fitting = next(n for n in range(num_heads, 0, -1) if hidden_size % n == 0)
-        raise ValueError(
-            f"hidden_size={hidden_size} must be divisible by num_heads={num_heads}; try {fitting}"
-        )
-    return hidden_size // num_heads

@@ -1,15 +1,12 @@
-"""Bytes that training takes on one GPU, in closed form: states by ZeRO stage, and activations.
+"""Bytes that training takes on one GPU, in closed form: states by ZeRO stage.
 
-Rajbhandari et al. 2020 ("ZeRO"), sec. 3 and 5, for the states, but with gradients summed in
-float32; activations are what autograd keeps of our blocks, counted tensor by tensor
-(tests/model_zoo/test_memory.py). Not counted: the allocator's fragments, communication buckets, the
-CUDA context and kernels' workspaces, some 3 to 6 GiB together.
+Rajbhandari et al. 2020 ("ZeRO"), sec. 3 and 5, but with gradients summed in float32. A model's
+config knows its activations (`ModelConfig.activation_bytes`). Not counted: the allocator's
+fragments, communication buckets, the CUDA context and kernels' workspaces, some 3 to 6 GiB
+together.
 """
 
 from dataclasses import dataclass, fields
-
-from model_zoo.layers import CheckpointPolicy
-from model_zoo.models.dit import DiTConfig
 
 FLOAT32 = 4  # bytes: of master weights, gradients, the average and each of Adam's two moments
 
@@ -74,47 +71,3 @@ def training_memory(
         activations=activations,
         host=host,
     )
-
-
-def activation_bytes(
-    config: DiTConfig, value_bytes: int, tokens: int, policy: CheckpointPolicy
-) -> int:
-    """What is kept of a forward pass of `tokens` video tokens, and of the blocks done again.
-
-    Text and what acts once a clip are left out.
-    """
-    hidden_size, heads = config.hidden_size, config.num_heads
-    block = _block_bytes(config, value_bytes)
-    kept = {
-        "none": block,
-        "full": hidden_size * value_bytes,
-        "selective": 3 * hidden_size * value_bytes + 8 * heads,  # and what both attentions give
-    }
-    total = 0
-    for i in range(config.depth):
-        mode = policy.mode
-        if mode == "every_k":
-            mode = "full" if policy.applies(i) else "none"
-        total += kept[mode]
-    if policy.mode != "none":
-        total += block  # of the one that is computed again
-    # Its rotation, two numbers a pair; and the head's norm in float32, shift, scale and input.
-    once = 4 * config.head_dim + 3 * 4 * hidden_size + value_bytes * hidden_size
-    return tokens * (total + once)
-
-
-def _block_bytes(config: DiTConfig, value_bytes: int) -> int:
-    """Kept of one block for one token: norms, gates and modulation in float32, the rest as weights.
-
-    In float32, two of them are one and the same tensor.
-    """
-    d, f = config.hidden_size, config.ffn
-    if value_bytes == 4:
-        return 4 * (28 * d + 2 * f) + _small(config)
-    return 4 * 16 * d + value_bytes * (14 * d + 2 * f) + _small(config)
-
-
-def _small(config: DiTConfig) -> int:
-    """Means, deviations and logarithms of sums, float32."""
-    per_head = 3 if config.qk_norm == "head" else 0
-    return 4 * (6 + (per_head + 2) * config.num_heads)

@@ -5,6 +5,7 @@ come row-major in (time, height, width); within a token the channel runs fastest
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -48,6 +49,6 @@ def unpatchify(
     return latents[:, : latent_shape[0], : latent_shape[1], : latent_shape[2]]
 
 
-def patch_std(latent_std: Tensor, patch_size: Patch) -> Tensor:
-    """Standard deviation of each value of a token: (C,) -> (P,)."""
-    return latent_std.repeat(math.prod(patch_size))
+def patch_std(latent_std: Sequence[float], patch_size: Patch) -> Tensor:
+    """Standard deviation of each value of a token: (C,) -> (P,) float32."""
+    return torch.tensor(latent_std).repeat(math.prod(patch_size))

@@ -4,10 +4,11 @@ Shapes: B segments (clips) in a pack, L video tokens, K text tokens, P values in
 width, C latent channels, T frames, F H W latent grid.
 """
 
-from typing import Any, Protocol
+from typing import Protocol
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from model_zoo.checkpointing import CheckpointPolicy, PackedModel
 from model_zoo.flops import Work
 
 
@@ -66,52 +67,103 @@ class ModelConfig(Protocol):
         """Latent positions in time, height and width that make one token."""
 
     @property
-    def text_max_length(self) -> int:
-        """The most text tokens of a clip that the model has positions for."""
+    def text_max_length(self) -> int | None:
+        """The most text tokens of a clip; None where the model learns no position for them."""
 
-    def build(self, token_size: int, text_vocab: int | None, text_dim: int | None) -> nn.Module:
-        """The model, on torch's default device, for tokens of `token_size` values.
+    @property
+    def drops_tokens(self) -> bool:
+        """Whether it can do with some of a clip's tokens, as masked training wants."""
+
+    def build(self, token_size: int, text_vocab: int | None, text_dim: int | None) -> PackedModel:
+        """The model, a `Denoiser`, on torch's default device, for tokens of `token_size` values.
 
         `text_vocab`: where text comes as ids (K,); `text_dim`: as embeddings (K, text_dim).
         """
 
     def work(self, token_size: int, text_dim: int | None) -> Work:
-        """What a forward pass of the model takes."""
+        """What a forward pass of the model takes; `text_dim` as for `build`."""
+
+    def activation_bytes(
+        self, value_bytes: int, tokens: int, policy: CheckpointPolicy
+    ) -> int | None:
+        """What autograd keeps of a pack of `tokens` video tokens; None where it is not known.
+
+        `value_bytes`: of a value that the model computes in, 2 for bf16 and 4 for fp32.
+        """
 
 
 class CodecConfig(Protocol):
-    """What the rest of Longtake may ask of the config of a video codec of any kind."""
+    """The facts of a video codec of any kind, known without building it.
 
-    def build(self) -> Any:
-        """The codec."""
-
-
-class TextConfig(Protocol):
-    """What the rest of Longtake may ask of the config of a text encoder of any kind."""
-
-    def build(self) -> Any:
-        """The encoder."""
-
-
-class VideoCodec(Protocol):
-    """Frames to latents and back. Latents are already normalised for diffusion."""
-
-    temporal_stride: int
-    spatial_stride: int
-    causal: (
-        bool  # True: T = 1 + k * stride frames give 1 + k latent frames; False: ceil(T / stride)
-    )
-    channels: int
+    Latents are normalised already: `latent_mean` and `latent_std` are what is left of their
+    statistics. The facts are no fields of the dataclass: fields are what a user chooses, and part
+    of a run's identity.
+    """
 
     @property
-    def latent_std(self) -> Tensor:
-        """(C,) standard deviation of the normalised latents, for preconditioning."""
-        ...
+    def temporal_stride(self) -> int:
+        """Frames to one latent frame."""
+
+    @property
+    def spatial_stride(self) -> int:
+        """Pixels to one latent position, in height and in width."""
+
+    @property
+    def causal(self) -> bool:
+        """True: T = 1 + k * stride frames give 1 + k latent frames. False: ceil(T / stride)."""
+
+    @property
+    def channels(self) -> int:
+        """C."""
+
+    @property
+    def latent_mean(self) -> tuple[float, ...]:
+        """(C,) mean of the latents over clips."""
+
+    @property
+    def latent_std(self) -> tuple[float, ...]:
+        """(C,) standard deviation of the latents over clips, for preconditioning."""
 
     @property
     def fingerprint(self) -> str:
         """Changes whenever the same frames would give other latents."""
-        ...
+
+    def build(self) -> "VideoCodec":
+        """The codec; an nn.Module where it has weights, on the CPU."""
+
+
+class TextConfig(Protocol):
+    """The facts of a text encoder of any kind, known without building it.
+
+    Exactly one of `vocab_size` and `dim` is None. No fact is a field, as in `CodecConfig`, but for
+    what a user chooses.
+    """
+
+    @property
+    def max_tokens(self) -> int:
+        """Of the longest encoded caption."""
+
+    @property
+    def vocab_size(self) -> int | None:
+        """Where text comes as ids: they are below it."""
+
+    @property
+    def dim(self) -> int | None:
+        """Where text comes as embeddings: their width D."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes whenever the same caption would give other tokens."""
+
+    def num_tokens(self, caption: str) -> int:
+        """Length of what the encoder makes of a caption, at least 1; it may load a tokenizer."""
+
+    def build(self) -> "TextEncoder":
+        """The encoder; an nn.Module where it has weights, on the CPU."""
+
+
+class VideoCodec(Protocol):
+    """Frames to latents and back; `CodecConfig` has the facts."""
 
     def encode(self, frames: Tensor) -> Tensor:
         """(T, 3, H, W) float in [-1, 1] -> (C, F, h, w); H and W divisible by spatial_stride."""
@@ -123,16 +175,7 @@ class VideoCodec(Protocol):
 
 
 class TextEncoder(Protocol):
-    """Captions to text tokens, each clip by itself."""
-
-    @property
-    def fingerprint(self) -> str:
-        """Changes whenever the same caption would give other tokens."""
-        ...
-
-    def num_tokens(self, caption: str) -> int:
-        """Length of `encode(caption)`, without computing it; at least 1."""
-        ...
+    """Captions to text tokens, each clip by itself; `TextConfig` has the facts."""
 
     def encode(self, caption: str) -> Tensor:
         """(k,) int64 ids, or (k, D) embeddings. The empty caption is the null condition."""

@@ -7,7 +7,7 @@ import pytest
 
 from framework.assembly import Assembly
 from framework.config import GROUPS, RunConfig, compose, conf_dir, from_flat
-from framework.train.__main__ import job_of
+from framework.train.job import Job
 
 CHOICES = sorted(
     (path.parent.name, path.stem)
@@ -74,7 +74,7 @@ def test_every_experiment_makes_a_recipe(name: str) -> None:
     config = compose([f"experiment={name}", "data.shards=/shards"])
     recipe = Assembly.of(config).recipe()
     assert recipe.global_batch_packs >= config.cluster.max_workers
-    pickle.loads(pickle.dumps(job_of(config)))
+    pickle.loads(pickle.dumps(Job.of(config)))
 
 
 def test_a_config_survives_a_round_trip() -> None:

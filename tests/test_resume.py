@@ -70,7 +70,7 @@ def test_interrupted_in_every_way_equals_never_stopped(
         f"train.steps={STEPS}",
         "train.checkpoint_every=5",
         "train.deterministic=true",
-        "train.try_worst_packs=false",
+        "train.try_largest_packs=false",
     ]
     finish("framework.train", *without_tracking(line), "tracking=none")
     expected = read_ledger(Store(tmp_path / "runs/small"))

@@ -19,13 +19,14 @@ from framework.evaluate.evaluate import Evaluation, evaluated, missed_gates
 from framework.run.identity import claim
 from framework.run.ledger import read_ledger
 from framework.run.logs import RunLog
-from framework.sample.generate import Prompt
-from framework.sample.videos import sample_videos
+from framework.sample.generate import Prompt, generate
+from framework.sample.videos import write_videos
 from framework.storage import Store, join_url
 from framework.terminal import Terminal, duration
 from framework.tracking.run_tracker import log_files, open_tracker
-from framework.train.__main__ import job_of
-from framework.train.driver.job import Job, Result, train
+from framework.train.driver.job import Result, train
+from framework.train.job import Job
+from framework.trained import load_trained
 
 # Seconds of each stage on two cores of a small cloud machine; they only tell the time left.
 STAGES = {
@@ -54,7 +55,7 @@ def main(config: RunConfig) -> None:
     """Run all stages and print the table."""
     if config.data.synthetic is None:
         raise ValueError("the demo makes its own clips; give data=synthetic or data.synthetic.…")
-    terminal, job = Terminal(), job_of(config)
+    terminal, job = Terminal(), Job.of(config)
     job.check()
     run = claim(config.run, job.identity)
     log = RunLog(run, "driver")
@@ -106,14 +107,20 @@ def _stages(config: RunConfig, job: Job, run: Store, terminal: Terminal) -> list
 
 
 def _sample(config: RunConfig, assembly: Assembly, run: Store) -> list[str]:
-    model, _ = assembly.load_model(run, "latest", config.sample.weights)
+    model, _ = load_trained(assembly, run, "latest", config.sample.weights)
     prompts = [
         Prompt(text, frames, height, width, config.sample.fps, config.sample.seed + i)
         for i, (text, frames, height, width) in enumerate(SHOWCASE)
     ]
-    return sample_videos(
-        assembly, model, prompts, config.sampler, config.sample.max_tokens, run.child("samples")
+    videos = generate(
+        assembly.denoiser(model),
+        assembly.encoders(),
+        assembly.geometry,
+        prompts,
+        config.sampler,
+        config.sample.max_tokens,
     )
+    return write_videos(prompts, videos, run.child("samples"))
 
 
 def _summary(

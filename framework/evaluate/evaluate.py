@@ -15,7 +15,6 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
-from torch import nn
 
 from framework.assembly import Assembly
 from framework.batch import PackedBatch
@@ -26,14 +25,18 @@ from framework.data.plan.store import Plan
 from framework.data.stream.collate import ClipReader, assemble
 from framework.demo.clips.moving_shapes import ClipSpec, caption, held_out_prompts, render
 from framework.demo.reader import score
+from framework.diffusion.denoiser import Denoiser
+from framework.diffusion.samplers import SamplerConfig
 from framework.evaluate.config import EvaluateConfig
 from framework.evaluate.metrics.features import RandomConv3d
 from framework.evaluate.metrics.frechet import Moments, frechet_distance
 from framework.evaluate.metrics.validation import validation_loss
 from framework.mapping import flatten, is_below, masked, to_mapping
+from framework.objectives.objective import DiffusionObjective
 from framework.run.checkpoint import find_checkpoint
 from framework.sample.generate import Prompt, generate
 from framework.storage import Store
+from framework.trained import load_trained
 from framework.video import VideoError
 
 
@@ -62,13 +65,13 @@ def evaluated(
     assembly: Assembly,
     run: Store,
     config: EvaluateConfig,
-    sampler: Any,
+    sampler: SamplerConfig,
     checkpoint: str,
     say: Callable[[str], None],
 ) -> Evaluation:
     """Evaluate a checkpoint of the run in folder `run`, or read what an equal evaluation found.
 
-    checkpoint: as in `Assembly.load_model`; it counts, not `config.checkpoint`. Writes
+    checkpoint: as in `load_trained`; it counts, not `config.checkpoint`. Writes
     `evaluation/<name>.json`: the metrics, and the settings that they depend on.
     """
     url, file = "init", "evaluation/init.json"
@@ -82,15 +85,15 @@ def evaluated(
             say(f"evaluated already, see {file}")
             return Evaluation(stored["step"], stored["metrics"])
     # By URL: a later checkpoint may have become the latest by now.
-    model, step = assembly.load_model(run, url, config.weights)
-    evaluation = evaluate(assembly, model, step, run, config, sampler, say)
+    model, step = load_trained(assembly, run, url, config.weights)
+    evaluation = evaluate(assembly, assembly.denoiser(model), step, run, config, sampler, say)
     content = {"step": evaluation.step, "metrics": evaluation.metrics, "settings": settings}
     run.write(file, (json.dumps(content, indent=1) + "\n").encode())
     return evaluation
 
 
 def _settings(
-    assembly: Assembly, config: EvaluateConfig, sampler: Any, checkpoint_url: str
+    assembly: Assembly, config: EvaluateConfig, sampler: SamplerConfig, checkpoint_url: str
 ) -> dict[str, Any]:
     """All that an evaluation depends on, flat and as JSON reads it back."""
     flat = flatten(
@@ -126,11 +129,11 @@ def missed_gates(
 
 def evaluate(
     assembly: Assembly,
-    model: nn.Module,
+    denoiser: Denoiser[DiffusionObjective],
     step: int,
     plan_store: Store,
     config: EvaluateConfig,
-    sampler: Any,
+    sampler: SamplerConfig,
     say: Callable[[str], None],
 ) -> Evaluation:
     """Validation loss, Fréchet distance and, for synthetic clips, prompt following."""
@@ -138,10 +141,9 @@ def evaluate(
     manifest = read_manifest(assembly.data.manifest)
     plan = _heldout_plan(assembly, plan_store)
     reader = assembly.reader(manifest.shards_url)
-    objective = assembly.build_objective()
 
     batches = _batches(plan, reader, config.validation_packs, say)
-    losses = validation_loss(model, objective, batches, config.noise_levels, config.seed)
+    losses = validation_loss(denoiser, batches, config.noise_levels, config.seed)
     metrics = {f"eval/{name}": value for name, value in losses.items()}
     say(f"validation loss {losses['loss']:.4f}")
 
@@ -152,10 +154,8 @@ def evaluate(
     ]
     say(f"sampling {len(prompts)} videos from held-out captions")
     videos = generate(
-        model,
-        objective,
-        assembly.build_codec(),
-        assembly.build_text(),
+        denoiser,
+        assembly.encoders(),
         assembly.geometry,
         prompts,
         sampler,
@@ -220,10 +220,7 @@ def _subjects(
 
 def _heldout_plan(assembly: Assembly, store: Store) -> Plan:
     manifest = read_manifest(assembly.data.manifest)
-    recipe, text = (
-        replace(assembly.recipe(), drop_caption=0.0, keep=((0, 1.0),)),
-        assembly.build_text(),
-    )
+    recipe, text = replace(assembly.recipe(), drop_caption=0.0, keep=((0, 1.0),)), assembly.text
     return make_epoch(manifest, recipe, store, 0, text.num_tokens, text.fingerprint, "heldout")
 
 

@@ -10,7 +10,6 @@ import math
 from collections.abc import Sequence
 
 from framework.config import RunConfig, entry, group_from_flat
-from framework.encoders import built
 from framework.evaluate.evaluate import evaluation_file
 from framework.export.card import Facts
 from framework.export.folder import export
@@ -20,6 +19,7 @@ from framework.run.ledger import segment_loss
 from framework.storage import Store
 from framework.terminal import Terminal
 from model_zoo.folder import Network, folder_format
+from model_zoo.protocols import CodecConfig, ModelConfig, TextConfig
 
 
 def main(config: RunConfig) -> None:
@@ -50,13 +50,10 @@ def network_of(checkpoint: Checkpoint, packages: Sequence[str] = ()) -> Network:
     flat = checkpoint.meta.get("config")
     if not flat:
         raise ValueError(f"{checkpoint.store.url}: its meta.json has no config of a run")
-    codec, text = (built(group_from_flat(flat, name, packages)) for name in ("codec", "text"))
-    return Network(
-        group_from_flat(flat, "model", packages),
-        codec.channels,
-        getattr(text, "vocab_size", None),
-        getattr(text, "dim", None),
-    )
+    model: ModelConfig = group_from_flat(flat, "model", packages)
+    codec: CodecConfig = group_from_flat(flat, "codec", packages)
+    text: TextConfig = group_from_flat(flat, "text", packages)
+    return Network(model, codec.channels, text.vocab_size, text.dim)
 
 
 def _run_of(checkpoint: Checkpoint) -> Store | None:

@@ -2,19 +2,22 @@
 
 x_t = (1 - t) * latents + t * noise moves with velocity v = noise - latents; the loss is the plain
 squared error of v, and its weighting is the density of t. One class owns the reading of the
-network's output for the loss and for sampling alike, so that the two cannot disagree (a lesson of
-k-diffusion's `Denoiser`).
+network's output for the loss and for sampling alike, so that the two cannot disagree.
 """
 
 from dataclasses import dataclass
-from itertools import pairwise
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from framework.batch import PackedBatch
-from framework.diffusion.schedule import interpolate, logit_normal_t, uniform_t
-from framework.objectives.objective import Draw, Network, token_t
+from framework.diffusion.denoiser import Network, token_t
+from framework.diffusion.path import StraightPath, interpolate
+from framework.objectives.noise import NoiseDraw, clip_noise
+from framework.objectives.noise_levels import loss_by_noise_level
+from framework.objectives.objective import AveragedOver, Draw, Losses
+from framework.objectives.timesteps import logit_normal_t, uniform_t
 from framework.seeding import draws
 
 _DENSITIES = ("logit_normal", "uniform")
@@ -33,6 +36,8 @@ class RectifiedFlowConfig:
     logit_std: float = 1.2
     shift: float = 3.0  # > 1 trains more on noisy t; the sampler has its own
     precondition: bool = True
+
+    averaged_over: ClassVar[AveragedOver] = "video_tokens"
 
     def __post_init__(self) -> None:
         if self.density not in _DENSITIES:
@@ -61,6 +66,9 @@ class RectifiedFlow:
     config: RectifiedFlowConfig
     token_std: Tensor  # (P,) float32
 
+    averaged_over: ClassVar[AveragedOver] = "video_tokens"
+    path: ClassVar[StraightPath] = StraightPath()
+
     def __post_init__(self) -> None:
         if self.token_std.ndim != 1 or not bool((self.token_std > 0).all()):
             raise ValueError(
@@ -69,8 +77,8 @@ class RectifiedFlow:
                 "leave constant channels out of the codec"
             )
 
-    def draw(self, batch: PackedBatch, seed: int) -> Draw:
-        """A timestep and noise for each clip, from (seed, its epoch, its id)."""
+    def draw(self, batch: PackedBatch, seed: int, step: int) -> NoiseDraw:
+        """A timestep and noise for each clip, from (seed, its epoch, its id), at whatever step."""
         epochs = batch.clip_epochs.tolist()
         t = [
             self._to_t(float(draws(seed, epoch, clip_id, "timestep").normal(1)[0]))
@@ -78,10 +86,10 @@ class RectifiedFlow:
             else 0.0
             for clip_id, epoch in zip(batch.clip_ids.tolist(), epochs, strict=True)
         ]
-        noise = _clip_noise(batch, seed, epochs, "noise")
-        return Draw(torch.tensor(t, dtype=torch.float32), noise)
+        noise = clip_noise(batch, seed, epochs, "noise")
+        return NoiseDraw(torch.tensor(t, dtype=torch.float32), noise)
 
-    def fixed_draw(self, batch: PackedBatch, t: float, seed: int) -> Draw:
+    def fixed_draw(self, batch: PackedBatch, t: float, seed: int) -> NoiseDraw:
         """Every clip at t, with noise from (seed, clip id): the same in every epoch and at every t.
 
         ValueError where t is outside [0, 1].
@@ -89,17 +97,19 @@ class RectifiedFlow:
         if not 0 <= t <= 1:
             raise ValueError(f"t={t} must lie in [0, 1]")
         by_clip = torch.where(batch.clip_ids.cpu() >= 0, t, 0.0).float()
-        return Draw(by_clip, _clip_noise(batch, seed, [0] * batch.num_segments, "fixed noise"))
+        return NoiseDraw(by_clip, clip_noise(batch, seed, [0] * batch.num_segments, "fixed noise"))
 
-    def loss(self, model: Network, batch: PackedBatch, draw: Draw) -> Tensor:
-        """(B,) float32 loss sums by clip: over its loss-bearing tokens, of the mean over P."""
+    def loss(self, model: Network, batch: PackedBatch, draw: Draw) -> Losses:
+        """Sums by clip over its loss-bearing tokens, of the mean over P; and by noise level."""
+        assert isinstance(draw, NoiseDraw)
         t = token_t(draw.t, batch)  # (L, 1)
-        x_t = interpolate(batch.tokens, draw.noise, t)  # (L, P); given tokens stay clean
+        x_t = interpolate(self.path, batch.tokens, draw.noise, t)  # (L, P); given stay clean
         velocity = self._velocity(model(x_t, draw.t, batch, batch.text), x_t, t)
         error = velocity - (draw.noise - batch.tokens)
         by_token = error.square().mean(dim=1) * batch.loss_mask  # (L,)
         sums = torch.zeros(batch.num_segments, dtype=torch.float32, device=by_token.device)
-        return sums.index_add(0, batch.segment_ids, by_token)  # (B,)
+        by_clip = sums.index_add(0, batch.segment_ids, by_token)  # (B,)
+        return Losses(by_clip, loss_by_noise_level(batch, draw.t, by_clip))
 
     def denoised(self, model_output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """(L, P) float32 estimate of the data: x_t - t * v, since x_t = latents + t * v."""
@@ -119,16 +129,3 @@ class RectifiedFlow:
         variance = self.token_std.to(x_t.device).square()  # (P,)
         total = t.square() + (1 - t).square() * variance  # (L, P): D
         return (t - (1 - t) * variance) / total * x_t + (variance / total).sqrt() * output
-
-
-def _clip_noise(batch: PackedBatch, seed: int, epochs: list[int], purpose: str) -> Tensor:
-    """(L, P) float32 on the CPU: each clip's own noise in its rows, zeros elsewhere."""
-    num_values = batch.tokens.shape[1]
-    noise = torch.zeros(batch.tokens.shape, dtype=torch.float32)
-    bounds = batch.cu_seqlens.tolist()
-    clips = zip(batch.clip_ids.tolist(), epochs, pairwise(bounds), strict=True)
-    for clip_id, epoch, (start, end) in clips:
-        if clip_id >= 0:
-            values = draws(seed, epoch, clip_id, purpose).normal((end - start) * num_values)
-            noise[start:end] = torch.from_numpy(values).view(-1, num_values)
-    return noise

@@ -6,16 +6,30 @@ each step.
 """
 
 import json
-from dataclasses import dataclass
 from typing import Any
 
 from framework.run.checkpoint import Checkpoints
 from framework.storage import Store
 
 
+def ledger_folder(step: int) -> str:
+    """Where the ledger segment lies that ends with the checkpoint of `step`; a file a rank."""
+    return f"ledger/step-{step:08d}"
+
+
 def ledger_name(step: int, rank: int) -> str:
-    """Where the ledger segment of one rank lies that ends with the checkpoint of `step`."""
-    return f"ledger/step-{step:08d}/rank-{rank:05d}.jsonl"
+    """Where one rank's part of it lies."""
+    return f"{ledger_folder(step)}/rank-{rank:05d}.jsonl"
+
+
+def quarantine_folder(step: int) -> str:
+    """Where clips of the segment are named that could not be read; a file a rank."""
+    return f"quarantine/step-{step:08d}"
+
+
+def quarantine_name(step: int, rank: int) -> str:
+    """Where one rank's part of it lies."""
+    return f"{quarantine_folder(step)}/rank-{rank:05d}.json"
 
 
 def read_ledger(run: Store) -> dict[int, dict[str, Any]]:
@@ -39,31 +53,6 @@ def read_ledger(run: Store) -> dict[int, dict[str, Any]]:
             entry = steps[row["step"]]
             entry["clips"] = sorted(entry["clips"] + row["clips"])
     return steps
-
-
-@dataclass(frozen=True)
-class Segment:
-    """One rank's account of the steps since the last checkpoint."""
-
-    rows: list[dict[str, Any]]
-    failed: list[str]
-
-    def text(self) -> bytes:
-        """A line of JSON for each step."""
-        return "".join(json.dumps(row) + "\n" for row in self.rows).encode()
-
-    def write(self, run: Store, step: int, rank: int) -> None:
-        """Write it under the name of the checkpoint of `step`, with its quarantine."""
-        run.write(ledger_name(step, rank), self.text())
-        if self.failed:
-            name = f"quarantine/step-{step:08d}/rank-{rank:05d}.json"
-            run.write(name, json.dumps(self.failed, indent=1).encode())
-
-
-def clear_segments(run: Store, step: int) -> None:
-    """Delete what an earlier attempt, maybe of more ranks, wrote for the checkpoint of `step`."""
-    for folder in ("ledger", "quarantine"):
-        run.delete_folder(f"{folder}/step-{step:08d}")
 
 
 def segment_loss(run: Store, step: int) -> tuple[int, float] | None:

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import traceback
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TextIO, cast
 
@@ -36,10 +36,15 @@ class RunLog:
             )
         self.path.parent.mkdir(parents=True, exist_ok=True)
 
+    def files(self) -> dict[str, Callable[[], bytes]]:
+        """The log by its name in the run's folder; empty where it lies there already."""
+        is_elsewhere = not self._run.is_local and self.path.exists()
+        return {self._name: self.path.read_bytes} if is_elsewhere else {}
+
     def save(self) -> None:
         """Copy the file to the run's folder, where it is not there already."""
-        if not self._run.is_local and self.path.exists():
-            self._run.write(self._name, self.path.read_bytes())
+        for name, read in self.files().items():
+            self._run.write(name, read())
 
     @contextlib.contextmanager
     def catch(self) -> Iterator[TextIO]:

@@ -6,11 +6,12 @@ python -m framework.sample experiment=demo 'sample.prompts=["a red circle over g
 from framework.assembly import Assembly
 from framework.config import RunConfig, entry
 from framework.run.identity import run_store
-from framework.sample.generate import Prompt
-from framework.sample.videos import sample_videos
+from framework.sample.generate import Prompt, generate
+from framework.sample.videos import write_videos
 from framework.storage import Store
 from framework.terminal import Terminal
 from framework.tracking.run_tracker import log_files, open_tracker
+from framework.trained import load_trained
 
 
 def main(config: RunConfig) -> None:
@@ -28,10 +29,18 @@ def main(config: RunConfig) -> None:
     run = run_store(config.run)
     out = Store(sample.out) if sample.out else run.child("samples")
     assembly, terminal = Assembly.of(config), Terminal()
-    model, step = assembly.load_model(run, sample.checkpoint, sample.weights)
+    model, step = load_trained(assembly, run, sample.checkpoint, sample.weights)
     videos = "1 video" if len(prompts) == 1 else f"{len(prompts)} videos"
     terminal.say(f"sampling {videos} from step {step} of {run.url}")
-    urls = sample_videos(assembly, model, prompts, config.sampler, sample.max_tokens, out)
+    frames = generate(
+        assembly.denoiser(model),
+        assembly.encoders(),
+        assembly.geometry,
+        prompts,
+        config.sampler,
+        sample.max_tokens,
+    )
+    urls = write_videos(prompts, frames, out)
     for url in urls:
         terminal.say(f"  {url}")
     # A checkpoint by URL may be another run's.

@@ -13,17 +13,16 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from framework.batch import Clip, PackedBatch
 from framework.data.plan.views import Geometry
+from framework.diffusion.denoiser import Denoiser, Parametrization
 from framework.diffusion.guidance import guided
 from framework.diffusion.samplers import SamplerConfig
-from framework.encoders import to_uint8
-from framework.objectives.objective import Objective
+from framework.encoders import Encoders
 from framework.seeding import draws, hash64
 from model_zoo.patchify import unpatchify
-from model_zoo.protocols import TextEncoder, VideoCodec
 
 
 @dataclass(frozen=True)
@@ -60,10 +59,8 @@ class _Request:
 
 
 def generate(
-    model: nn.Module,
-    objective: Objective,
-    codec: VideoCodec,
-    text: TextEncoder,
+    denoiser: Denoiser[Parametrization],
+    encoders: Encoders,
     geometry: Geometry,
     prompts: Sequence[Prompt],
     sampler: SamplerConfig,
@@ -76,28 +73,23 @@ def generate(
     Sizes that the token grid does not divide are made at the next larger grid and cropped, evenly
     in height and width, at the end in time.
     """
-    device = next(model.parameters()).device
+    device = denoiser.device
     requests = [
-        _Request(i, p, geometry.token_grid(p.num_frames, p.height, p.width), text.encode(p.text))
+        _Request(i, p, geometry.token_grid(p.num_frames, p.height, p.width), encoders.embed(p.text))
         for i, p in enumerate(prompts)
     ]
-    null_text = text.encode("").to(device)
+    null_text = encoders.embed("").to(device)
+    num_values = encoders.codec.channels * math.prod(geometry.patch_size)
     halves = 1 if sampler.guidance_scale == 1.0 else 2
     videos: dict[int, np.ndarray] = {}
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            for pack in _packs(requests, max_tokens // halves):
-                num_values = codec.channels * math.prod(geometry.patch_size)
-                batch = _batch(pack, num_values).to(device)
-                denoise = guided(model, objective, batch, sampler.guidance_scale, null_text)
-                tokens = sampler.sample(denoise, _noise(pack, num_values).to(device))
-                lengths = [request.num_tokens for request in pack]
-                for request, rows in zip(pack, tokens.split(lengths), strict=True):
-                    videos[request.index] = _frames(request, rows, codec, geometry)
-    finally:
-        model.train(was_training)
+    with denoiser.evaluating():
+        for pack in _packs(requests, max_tokens // halves):
+            batch = _batch(pack, num_values).to(device)
+            flow = guided(denoiser, batch, sampler.guidance_scale, null_text)
+            tokens = sampler.sample(flow, _noise(pack, num_values).to(device))
+            lengths = [request.num_tokens for request in pack]
+            for request, rows in zip(pack, tokens.split(lengths), strict=True):
+                videos[request.index] = _frames(request, rows, encoders, geometry)
     return [videos[i] for i in range(len(prompts))]
 
 
@@ -143,15 +135,19 @@ def _noise(pack: list[_Request], num_values: int) -> Tensor:
     return torch.cat(rows)
 
 
-def _frames(request: _Request, tokens: Tensor, codec: VideoCodec, geometry: Geometry) -> np.ndarray:
+def _frames(
+    request: _Request, tokens: Tensor, encoders: Encoders, geometry: Geometry
+) -> np.ndarray:
     """(n, P) tokens -> uint8 (T, H, W, 3), cropped to the size that was asked for."""
     prompt, patch_size = request.prompt, geometry.patch_size
     frames, height, width = (n * p for n, p in zip(request.grid, patch_size, strict=True))
-    latents = unpatchify(tokens, request.grid, patch_size, codec.channels, (frames, height, width))
+    latents = unpatchify(
+        tokens, request.grid, patch_size, encoders.codec.channels, (frames, height, width)
+    )
     stride = geometry.temporal_stride
     num_frames = 1 + (frames - 1) * stride if geometry.causal else frames * stride
-    pixels = codec.decode(latents, num_frames)  # (T', 3, H', W')
-    top = (pixels.shape[2] - prompt.height) // 2
-    left = (pixels.shape[3] - prompt.width) // 2
-    cropped = pixels[: prompt.num_frames, :, top : top + prompt.height, left : left + prompt.width]
-    return to_uint8(cropped)
+    video = encoders.latents_to_frames(latents, num_frames)  # (T', H', W', 3)
+    top = (video.shape[1] - prompt.height) // 2
+    left = (video.shape[2] - prompt.width) // 2
+    rows, columns = slice(top, top + prompt.height), slice(left, left + prompt.width)
+    return np.ascontiguousarray(video[: prompt.num_frames, rows, columns])

@@ -2,14 +2,11 @@
 
 import re
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
-from torch import nn
 
-from framework.assembly import Assembly
 from framework.contact_sheet import contact_sheet
-from framework.sample.generate import Prompt, generate
+from framework.sample.generate import Prompt
 from framework.storage import Store, join_url
 from framework.video import encode
 
@@ -20,25 +17,11 @@ def file_name(number: int, text: str) -> str:
     return f"{number:02d}-{slug}.mp4"
 
 
-def sample_videos(
-    assembly: Assembly,
-    model: nn.Module,
-    prompts: Sequence[Prompt],
-    sampler: Any,
-    max_tokens: int,
-    out: Store,
-) -> list[str]:
-    """Write one MP4 a prompt and `contact-sheet.png` into `out`; their URLs, the sheet last."""
-    videos = generate(
-        model,
-        assembly.build_objective(),
-        assembly.build_codec(),
-        assembly.build_text(),
-        assembly.geometry,
-        prompts,
-        sampler,
-        max_tokens,
-    )
+def write_videos(prompts: Sequence[Prompt], videos: Sequence[np.ndarray], out: Store) -> list[str]:
+    """Write one MP4 a prompt and `contact-sheet.png` into `out`; their URLs, the sheet last.
+
+    videos: as `generate` makes them of the prompts.
+    """
     names = []
     for number, (prompt, frames) in enumerate(zip(prompts, videos, strict=True)):
         names.append(file_name(number, prompt.text))

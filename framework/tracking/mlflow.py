@@ -11,11 +11,15 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from framework.mapping import mask_url
 from framework.tracking.journal import Journal
 from framework.tracking.tracker import Tracker
+
+if TYPE_CHECKING:
+    from framework.tracking.mlflow_tracker import MlflowTracker
 
 
 @dataclass(frozen=True)
@@ -118,30 +122,39 @@ class MlflowConfig:
         process left in `journal_dir`. Returns after the first answer from MLflow, or the first
         failure to get one.
         """
-        from framework.tracking.mlflow_tracker import MlflowTracker
-
         if run_key is not None and not re.fullmatch(r"[\w./:~+=,@-]+", run_key):
             raise ValueError(
                 f"run_key={run_key!r} must be of letters, digits and . / : ~ + = , @ -"
             )
         header = {"name": run_name, "uri": self.uri_without_password}
         journal = Journal(journal_dir, run_key, run_id, header)
-        tracker = MlflowTracker(self, journal, run_name, run_id)
+        tracker = self._tracker(journal, run_name, run_id)
         tracker.start({**(tags or {})}, reopen)
         return tracker
 
     def replay(self, journal_dir: Path, timeout_s: float) -> bool:
         """Send what is left in a journal and nothing else; whether all of it was taken."""
-        from framework.tracking.mlflow_tracker import MlflowTracker
-
         if not (journal_dir / Journal.NAME).exists():
             raise ValueError(f"journal_dir={str(journal_dir)!r} holds no {Journal.NAME}")
         journal = Journal(journal_dir, None, None, {})
-        tracker = MlflowTracker(self, journal, str(journal.header.get("name", "")), None)
+        tracker = self._tracker(journal, str(journal.header.get("name", "")), None)
         tracker.start(None)
         done = tracker.flush(timeout_s)
         tracker.close(None, timeout_s=0)
         return done
+
+    def _tracker(self, journal: Journal, run_name: str, run_id: str | None) -> "MlflowTracker":
+        from framework.tracking.mlflow_tracker import MlflowTracker, Server
+
+        server = Server(
+            uri=self.uri,
+            shown_uri=self.uri_without_password,
+            experiment=self.experiment,
+            artifact_location=self.artifact_location,
+            http_timeout_s=self.http_timeout_s,
+            send_interval_s=self.send_interval_s,
+        )
+        return MlflowTracker(server, journal, run_name, run_id)
 
 
 def first_free_port(start: int) -> int:

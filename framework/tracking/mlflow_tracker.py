@@ -17,12 +17,12 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from framework.tracking.journal import Journal
-from framework.tracking.mlflow import MlflowConfig
 from framework.tracking.tracker import Status
 
 _logger = logging.getLogger(__name__)
@@ -39,14 +39,24 @@ _KEY_TAG = "longtake.key"
 _BATCHED = ("params", "metrics", "tags")
 
 
+@dataclass(frozen=True)
+class Server:
+    """Where MLflow is, and how it is spoken to; see `framework.tracking.mlflow.MlflowConfig`."""
+
+    uri: str
+    shown_uri: str  # without a password
+    experiment: str
+    artifact_location: str | None
+    http_timeout_s: int
+    send_interval_s: float
+
+
 class MlflowTracker:
     """A run in MLflow, behind a journal; see `Tracker`. Made by `MlflowConfig.build`."""
 
-    def __init__(
-        self, config: MlflowConfig, journal: Journal, run_name: str, run_id: str | None
-    ) -> None:
-        _import_mlflow(config)  # in the caller's thread: imports in two threads at once are fragile
-        self._config, self._journal, self._run_name = config, journal, run_name
+    def __init__(self, server: Server, journal: Journal, run_name: str, run_id: str | None) -> None:
+        _import_mlflow(server)  # in the caller's thread: imports in two threads at once are fragile
+        self._server, self._journal, self._run_name = server, journal, run_name
         self._asked_run_id = journal.run_id or run_id
         self._run: _Run | None = None
         self._cond = threading.Condition()  # guards the journal and the flags below
@@ -64,7 +74,7 @@ class MlflowTracker:
                 self._append({"op": "open"})
             self.set_tags(tags)
         self._thread.start()
-        self._attempted.wait(timeout=60 + self._config.http_timeout_s)
+        self._attempted.wait(timeout=60 + self._server.http_timeout_s)
 
     @property
     def run_id(self) -> str | None:
@@ -174,7 +184,7 @@ class MlflowTracker:
         while True:
             with self._cond:
                 self._cond.wait_for(lambda: self._urgent or self._journal.acked < self._journal.end)
-                self._cond.wait_for(lambda: self._urgent, self._config.send_interval_s)
+                self._cond.wait_for(lambda: self._urgent, self._server.send_interval_s)
                 if self._stopping:
                     return
                 self._hurry = False
@@ -190,11 +200,11 @@ class MlflowTracker:
                 self._cond.wait_for(lambda: self._urgent, pause_s)
 
     def _note_failure(self, error: Exception) -> None:
-        self.problem = f"{self._config.uri_without_password}: {error}"
+        self.problem = f"{self._server.shown_uri}: {error}"
         if not self._down:
             _logger.warning(
                 "MLflow at %s does not take this run's figures; they wait in %s: %s",
-                self._config.uri_without_password,
+                self._server.shown_uri,
                 self._journal.path,
                 error,
             )
@@ -211,7 +221,7 @@ class MlflowTracker:
             return False
         if self._run is None:
             self._run = _connect(
-                self._config, self._asked_run_id, self._journal.header["key"], self._run_name
+                self._server, self._asked_run_id, self._journal.header["key"], self._run_name
             )
             self._attempted.set()
         batch = entries[:1]
@@ -345,10 +355,10 @@ class _Run:
         return self._models[step]
 
 
-def _import_mlflow(config: MlflowConfig) -> None:
+def _import_mlflow(server: Server) -> None:
     # One try a request: the journal is the retry, and MLflow would repeat a creation blindly.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(config.http_timeout_s))
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(server.http_timeout_s))
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # it calls home otherwise
     import mlflow.tracking  # noqa: F401 - costs seconds, hence not at the top
 
@@ -356,12 +366,12 @@ def _import_mlflow(config: MlflowConfig) -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
-def _connect(config: MlflowConfig, run_id: str | None, key: str, name: str) -> _Run:
+def _connect(server: Server, run_id: str | None, key: str, name: str) -> _Run:
     """Find the run by its id, else by our key, else create it; raises where MLflow is down."""
     from mlflow.exceptions import MlflowException
     from mlflow.tracking import MlflowClient
 
-    client = MlflowClient(config.uri)
+    client = MlflowClient(server.uri)
     if run_id is not None:
         try:
             run = client.get_run(run_id)
@@ -371,9 +381,9 @@ def _connect(config: MlflowConfig, run_id: str | None, key: str, name: str) -> _
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
         _logger.warning("MLflow has no run %s any more; this run goes on in another", run_id)
-    experiment = client.get_experiment_by_name(config.experiment)
+    experiment = client.get_experiment_by_name(server.experiment)
     if experiment is None:
-        experiment_id = client.create_experiment(config.experiment, config.artifact_location)
+        experiment_id = client.create_experiment(server.experiment, server.artifact_location)
     else:
         experiment_id = experiment.experiment_id
     # Also where a creation was carried out but its answer was lost.

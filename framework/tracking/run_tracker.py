@@ -6,16 +6,15 @@ import tempfile
 import uuid
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from framework.storage import Store
-from framework.tracking.tracker import Tracker
+from framework.tracking.tracker import Tracker, TrackerConfig
 
 _NAME = "tracking.json"
 TRAINING_ROLES = ("driver", "rank-0")  # the others add to a run that may be finished
 
 
-def open_tracker(tracking: Any, run: Store, run_name: str, role: str) -> Tracker:
+def open_tracker(tracking: TrackerConfig, run: Store, run_name: str, role: str) -> Tracker:
     """The tracker of the run whose folder is `run`; opened first by the driver.
 
     `role` ("driver", "rank-0") keeps the journals of processes apart.

@@ -1,33 +1,18 @@
 """`python -m framework.train experiment=…`: train a run, or go on with it."""
 
-from framework.assembly import Assembly
 from framework.config import RunConfig, entry
 from framework.run.identity import claim
 from framework.run.logs import RunLog
 from framework.terminal import Terminal
 from framework.tracking.run_tracker import open_tracker
 from framework.train.driver.estimate import estimate
-from framework.train.driver.job import Job, train
-
-
-def job_of(config: RunConfig) -> Job:
-    """The training job of a run config."""
-    return Job(
-        run=config.run,
-        assembly=Assembly.of(config),
-        train=config.train,
-        optimizer=config.optimizer,
-        engine=config.engine,
-        tracking=config.tracking,
-        cluster=config.cluster,
-        identity=config.identity,
-        profile=config.profile,
-    )
+from framework.train.driver.job import train
+from framework.train.job import Job
 
 
 def main(config: RunConfig) -> None:
     """Train and say where the result lies; or, with `estimate=true`, what it would take."""
-    terminal, job = Terminal(), job_of(config)
+    terminal, job = Terminal(), Job.of(config)
     job.check()
     if config.estimate:
         print(estimate(job, config.hardware))

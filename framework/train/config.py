@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from framework.mapping import free
 from framework.train.observers.profile import ProfileConfig
 from framework.train.rank.guard import GuardConfig
-from model_zoo.layers import CheckpointPolicy
+from model_zoo.checkpointing import CheckpointPolicy
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class TrainConfig:
     peak_tflops: float | None = free(None)  # of one device, dense, in the run's dtype: gives MFU
     guard: GuardConfig = field(default_factory=GuardConfig)
     hang_timeout_s: float = free(900.0)  # a rank that ends no step so long is restarted; 0: never
-    try_worst_packs: bool = free(True)  # before step 0: what would run out of memory does so then
+    try_largest_packs: bool = free(True)  # before step 0: what would run out of memory does so then
     profiler: ProfileConfig = free(of=ProfileConfig)  # with profile=true
 
     def __post_init__(self) -> None:

@@ -1,19 +1,17 @@
-"""What passes between the driver and the workers while a run trains: lines to show, wishes.
+"""What passes between driver and workers in an attempt: lines to show, requests to leave.
 
-Ctrl-C (or SIGTERM, which `ray job stop` sends) once asks the workers to commit a checkpoint and
-stop; twice stops at once. The driver asks likewise when nodes come or go. All ranks follow at the
-end of the same step.
+The driver asks the workers to commit a checkpoint and leave when the run is to stop, or when nodes
+come or go. All ranks follow at the end of the same step.
 """
 
-from typing import Any
-
 import ray
+from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-Line = dict[str, Any]
+from framework.terminal import Line
 
 
-class Board:
+class Mailbox:
     """A Ray actor beside the driver: lines of rank 0, and what the driver asks for.
 
     It keeps every line of text, and of the steps in between the last.
@@ -21,7 +19,7 @@ class Board:
 
     def __init__(self) -> None:
         self._lines: list[Line] = [{"stage": "starting workers"}]
-        self._wish = ""
+        self._leave_request = ""
         self._refusal: str | None = None
         self._left = ""
 
@@ -36,13 +34,13 @@ class Board:
         lines, self._lines = self._lines, []
         return lines
 
-    def ask(self, wish: str) -> None:
+    def ask_to_leave(self, why: str) -> None:
         """The driver wants the run committed and left, and says why."""
-        self._wish = wish
+        self._leave_request = why
 
-    def wish(self) -> str:
-        """Why to leave; empty where there is no wish."""
-        return self._wish
+    def leave_request(self) -> str:
+        """Why the driver wants the workers to leave; empty where it does not."""
+        return self._leave_request
 
     def leave(self, why: str) -> None:
         """The workers have committed and left before the last step."""
@@ -61,11 +59,11 @@ class Board:
         return self._refusal
 
 
-def make_board() -> Any:
-    """A handle of a new board, on the driver's own node: it goes with no other."""
+def make_mailbox() -> ActorHandle:
+    """A handle of a new mailbox, on the driver's own node: it goes with no other."""
     here = ray.get_runtime_context().get_node_id()
     beside = NodeAffinitySchedulingStrategy(here, soft=False)
-    return ray.remote(num_cpus=0)(Board).options(scheduling_strategy=beside).remote()
+    return ray.remote(num_cpus=0)(Mailbox).options(scheduling_strategy=beside).remote()
 
 
-NO_ROOM = "no room"  # how a wish begins that workers may be unable to follow
+NO_ROOM = "no room"  # how a request begins that workers may be unable to follow

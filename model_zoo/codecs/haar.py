@@ -13,6 +13,7 @@ whitening it, which teaches a diffusion model to spend itself on noise-like deta
 Shapes: T frames, C = 144 channels, F h w latent grid.
 """
 
+import functools
 import hashlib
 from dataclasses import dataclass
 
@@ -53,6 +54,31 @@ _MEAN = (-15.84, -2.37, 1.02)
 class HaarConfig:
     """Builds a `HaarCodec`; there is nothing to choose."""
 
+    temporal_stride = FRAMES
+    spatial_stride = PIXELS
+    causal = False
+
+    @property
+    def channels(self) -> int:
+        """C."""
+        return len(_bands().std)
+
+    @property
+    def latent_mean(self) -> tuple[float, ...]:
+        """(C,) zeros: `HaarCodec` subtracts the mean of the clips that were measured."""
+        return (0.0,) * self.channels
+
+    @property
+    def latent_std(self) -> tuple[float, ...]:
+        """(C,) standard deviation of the latents of the clips that were measured."""
+        return tuple(_bands().std.tolist())
+
+    @property
+    def fingerprint(self) -> str:
+        """Hashes all constants."""
+        constants = repr(("haar-1", FRAMES, PIXELS, _BAND_STD, _MEAN))
+        return f"haar-{hashlib.sha256(constants.encode()).hexdigest()[:16]}"
+
     def build(self) -> "HaarCodec":
         """The codec."""
         return HaarCodec()
@@ -61,29 +87,10 @@ class HaarConfig:
 class HaarCodec:
     """A `VideoCodec`: blocks of pixels times one orthonormal matrix, shifted and scaled."""
 
-    temporal_stride = FRAMES
-    spatial_stride = PIXELS
-    causal = False
-
     def __init__(self) -> None:
-        matrix, std, mean = _kept_bands()  # (C, 768), (C,), (C,) float64
-        gain = (std * std.square().mean().sqrt()).rsqrt()  # so that std * gain = (std / g)^0.5
-        self.channels = matrix.shape[0]
-        self._std = (std * gain).float()
-        self._analysis = (matrix * gain[:, None]).float()  # (C, 768)
-        self._synthesis = (matrix / gain[:, None]).float()  # (C, 768)
-        self._shift = (mean * gain).float()  # (C,)
-
-    @property
-    def latent_std(self) -> Tensor:
-        """(C,) standard deviation of the latents of the clips that were measured."""
-        return self._std
-
-    @property
-    def fingerprint(self) -> str:
-        """Hashes all constants."""
-        constants = repr(("haar-1", FRAMES, PIXELS, _BAND_STD, _MEAN))
-        return f"haar-{hashlib.sha256(constants.encode()).hexdigest()[:16]}"
+        bands = _bands()
+        self._analysis, self._synthesis = bands.analysis, bands.synthesis  # 2 x (C, 768)
+        self._shift = bands.shift  # (C,)
 
     def encode(self, frames: Tensor) -> Tensor:
         """(T, 3, H, W) in [-1, 1] -> (C, ceil(T / 4), H / 8, W / 8) float32.
@@ -138,6 +145,29 @@ def _haar_2d(size: int) -> tuple[Tensor, list[int]]:
         basis = torch.cat([coarse, *fine]) / 2
         levels += [max(levels) + 1] * (3 * n * n)
     return basis, levels
+
+
+@dataclass(frozen=True)
+class _Bands:
+    """Of the bands that stay, scaled; float32. Nobody writes into these tensors."""
+
+    std: Tensor  # (C,) of the latents
+    analysis: Tensor  # (C, 768)
+    synthesis: Tensor  # (C, 768)
+    shift: Tensor  # (C,): the mean of what `analysis` gives
+
+
+@functools.cache
+def _bands() -> _Bands:
+    with torch.device("cpu"):  # whoever asks first may be building a model without memory
+        matrix, std, mean = _kept_bands()  # (C, 768), (C,), (C,) float64
+    gain = (std * std.square().mean().sqrt()).rsqrt()  # so that std * gain = (std / g)^0.5
+    return _Bands(
+        std=(std * gain).float(),
+        analysis=(matrix * gain[:, None]).float(),
+        synthesis=(matrix / gain[:, None]).float(),
+        shift=(mean * gain).float(),
+    )
 
 
 def _kept_bands() -> tuple[Tensor, Tensor, Tensor]:

@@ -2,13 +2,20 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 
 @dataclass(frozen=True)
 class IdentityConfig:
     """Builds an `IdentityCodec`; there is nothing to choose."""
+
+    temporal_stride = 1
+    spatial_stride = 1
+    causal = False
+    channels = 3
+    latent_mean = (0.0, 0.0, 0.0)  # pixels lie in [-1, 1], and no clips were measured
+    latent_std = (1.0, 1.0, 1.0)
+    fingerprint = "identity-1"
 
     def build(self) -> "IdentityCodec":
         """The codec."""
@@ -17,21 +24,6 @@ class IdentityConfig:
 
 class IdentityCodec:
     """A `VideoCodec` whose latents are the pixels: C = 3, strides 1."""
-
-    temporal_stride = 1
-    spatial_stride = 1
-    causal = False
-    channels = 3
-
-    @property
-    def latent_std(self) -> Tensor:
-        """(3,) ones: pixels lie in [-1, 1], and no clips were measured."""
-        return torch.ones(3)
-
-    @property
-    def fingerprint(self) -> str:
-        """Never changes."""
-        return "identity-1"
 
     def encode(self, frames: Tensor) -> Tensor:
         """(T, 3, H, W) in [-1, 1] -> (3, T, H, W)."""

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from model_zoo.attention import Segments
+from model_zoo.checkpointing import CheckpointPolicy, PackedModel
+from model_zoo.checks import check_choice, check_positive, head_dim
 from model_zoo.flops import Work
 from model_zoo.layers import (
-    CheckpointPolicy,
     CrossAttention,
     FeedForward,
     Float32Linear,
@@ -31,10 +32,7 @@ from model_zoo.layers import (
     QKNormOver,
     SelfAttention,
     add_gated,
-    check_choice,
-    check_positive,
     check_shared,
-    head_dim,
     modulate,
     sinusoidal_embedding,
 )
@@ -132,6 +130,45 @@ class DiTConfig:
             text_widths=self.text_depth * d if text_dim is None else 0,
         )
 
+    def activation_bytes(self, value_bytes: int, tokens: int, policy: CheckpointPolicy) -> int:
+        """What is kept of a forward pass of `tokens` video tokens, and of the blocks done again.
+
+        Counted tensor by tensor (tests/model_zoo/test_memory.py). Text and what acts once a clip
+        are left out. `value_bytes`: 2 for bf16, 4 for fp32.
+        """
+        d = self.hidden_size
+        block = self._block_bytes(value_bytes)
+        kept = {
+            "none": block,
+            "full": d * value_bytes,
+            "selective": 3 * d * value_bytes + 8 * self.num_heads,  # and what both attentions give
+        }
+        total = 0
+        for i in range(self.depth):
+            mode = policy.mode
+            if mode == "every_k":
+                mode = "full" if policy.applies(i) else "none"
+            total += kept[mode]
+        if policy.mode != "none":
+            total += block  # of the one that is computed again
+        # Its rotation, two numbers a pair; and the head's norm in float32, shift, scale and input.
+        once = 4 * self.head_dim + 3 * 4 * d + value_bytes * d
+        return tokens * (total + once)
+
+    def _block_bytes(self, value_bytes: int) -> int:
+        """Kept of one block for one token: norms, gates and modulation in float32, the rest as
+        weights.
+
+        In float32, two of them are one and the same tensor.
+        """
+        d, f = self.hidden_size, self.ffn
+        # Means, deviations and logarithms of sums, float32.
+        per_head = 3 if self.qk_norm == "head" else 0
+        small = 4 * (6 + (per_head + 2) * self.num_heads)
+        if value_bytes == 4:
+            return 4 * (28 * d + 2 * f) + small
+        return 4 * 16 * d + value_bytes * (14 * d + 2 * f) + small
+
 
 class Block(nn.Module):
     """Self-attention, cross-attention and feed-forward; the first and last are modulated."""
@@ -181,14 +218,13 @@ class Head(nn.Module):
         return self.out(modulate(x, shift, scale, rows))
 
 
-class DiT(nn.Module):
+class DiT(PackedModel):
     """A `Denoiser`: noisy tokens, time and text to an output for each token."""
 
     def __init__(self, config: DiTConfig, token_size: int, text_stem: nn.Module) -> None:
         super().__init__()
         hidden_size = config.hidden_size
         self.config = config
-        self.checkpointing = CheckpointPolicy()
         self.embed = Linear(token_size, hidden_size)
         self.text_stem = text_stem
         self.text_pool = Float32Linear(hidden_size, hidden_size) if config.pooled_text else None
@@ -200,10 +236,6 @@ class DiT(nn.Module):
         self.time_projection = nn.Sequential(nn.SiLU(), Float32Linear(hidden_size, 6 * hidden_size))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.head = Head(hidden_size, token_size)
-
-    def set_checkpointing(self, policy: CheckpointPolicy) -> None:
-        """Choose which blocks are computed again in the backward pass."""
-        self.checkpointing = policy
 
     def forward(self, tokens: Tensor, t: Tensor, layout: Layout, text: Tensor) -> Tensor:
         """tokens (L, P), t (B,), layout, text (K,) or (K, text_dim) -> (L, P) float32.

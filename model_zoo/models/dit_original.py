@@ -19,18 +19,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model_zoo.attention import Segments
+from model_zoo.checkpointing import CheckpointPolicy, PackedModel
+from model_zoo.checks import check_positive, head_dim
 from model_zoo.flops import Work
 from model_zoo.layers import (
-    CheckpointPolicy,
     FeedForward,
     Float32Linear,
     Gelu,
     Linear,
     SelfAttention,
     add_gated,
-    check_positive,
     check_shared,
-    head_dim,
     modulate,
     sinusoidal_embedding,
 )
@@ -81,6 +80,11 @@ class OriginalDiTConfig:
             )
         check_shared(self)
 
+    @property
+    def drops_tokens(self) -> bool:
+        """Whether it can do with some of a clip's tokens, as masked training wants."""
+        return True
+
     def build(self, token_size: int, text_vocab: int | None, text_dim: int | None) -> "OriginalDiT":
         """The model, on torch's default device, for tokens of `token_size` values.
 
@@ -103,6 +107,9 @@ class OriginalDiTConfig:
             self_widths=self.depth * d,
             text_widths=self.text_depth * d if text_dim is None else 0,
         )
+
+    def activation_bytes(self, value_bytes: int, tokens: int, policy: CheckpointPolicy) -> None:
+        """Not known."""
 
 
 class LabelTable(nn.Embedding):
@@ -149,14 +156,13 @@ class Head(nn.Module):
         return self.out(modulate(x, shift, scale, rows))
 
 
-class OriginalDiT(nn.Module):
+class OriginalDiT(PackedModel):
     """A `Denoiser`: noisy tokens, time and a class (or captions) to an output for each token."""
 
     def __init__(self, config: OriginalDiTConfig, token_size: int, text_stem: nn.Module) -> None:
         super().__init__()
         hidden_size = config.hidden_size
         self.config = config
-        self.checkpointing = CheckpointPolicy()
         self.embed = Linear(token_size, hidden_size)
         self.text_stem = text_stem
         self.time_embedding = nn.Sequential(
@@ -166,10 +172,6 @@ class OriginalDiT(nn.Module):
         )
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.head = Head(hidden_size, token_size * (1 + config.learn_sigma))
-
-    def set_checkpointing(self, policy: CheckpointPolicy) -> None:
-        """Choose which blocks are computed again in the backward pass."""
-        self.checkpointing = policy
 
     def forward(self, tokens: Tensor, t: Tensor, layout: Layout, text: Tensor) -> Tensor:
         """tokens (L, P), t (B,), layout, text (K,) or (K, text_dim) -> (L, P) float32.

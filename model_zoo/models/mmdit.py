@@ -21,18 +21,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model_zoo.attention import packed_attention
+from model_zoo.checkpointing import CheckpointPolicy, PackedModel
+from model_zoo.checks import check_positive, head_dim
 from model_zoo.flops import Work
 from model_zoo.layers import (
-    CheckpointPolicy,
     FeedForward,
     Gelu,
     Linear,
     Modulation,
     QKNorm,
     add_gated,
-    check_positive,
     check_shared,
-    head_dim,
     modulate,
     sinusoidal_embedding,
 )
@@ -100,6 +99,11 @@ class MMDiTConfig:
         time, height, hidden_size = self.rope_axes
         return time // 2, height // 2, hidden_size // 2
 
+    @property
+    def drops_tokens(self) -> bool:
+        """Whether it can do with some of a clip's tokens, as masked training wants."""
+        return True
+
     def build(self, token_size: int, text_vocab: int | None, text_dim: int | None) -> "MMDiT":
         """The model, on torch's default device, for tokens of `token_size` values.
 
@@ -128,6 +132,9 @@ class MMDiTConfig:
             joint_widths=depth * d,
             text_widths=(encoder_depth + self.refiner_depth) * d,
         )
+
+    def activation_bytes(self, value_bytes: int, tokens: int, policy: CheckpointPolicy) -> None:
+        """Not known."""
 
 
 class QKV(nn.Module):
@@ -241,7 +248,7 @@ class Head(nn.Module):
         return self.out(modulate(x, shift, scale, rows))
 
 
-class MMDiT(nn.Module):
+class MMDiT(PackedModel):
     """A `Denoiser`: noisy tokens, time and text to an output for each token."""
 
     def __init__(
@@ -250,7 +257,6 @@ class MMDiT(nn.Module):
         super().__init__()
         hidden_size = config.hidden_size
         self.config = config
-        self.checkpointing = CheckpointPolicy()
         self.embed = Linear(token_size, hidden_size)
         self.text_encoder = text_encoder
         self.refiner = TokenRefiner(
@@ -260,10 +266,6 @@ class MMDiT(nn.Module):
         self.double_blocks = nn.ModuleList(DoubleBlock(config) for _ in range(config.double_depth))
         self.single_blocks = nn.ModuleList(SingleBlock(config) for _ in range(config.single_depth))
         self.head = Head(hidden_size, token_size)
-
-    def set_checkpointing(self, policy: CheckpointPolicy) -> None:
-        """Choose which blocks are computed again in the backward pass."""
-        self.checkpointing = policy
 
     def forward(self, tokens: Tensor, t: Tensor, layout: Layout, text: Tensor) -> Tensor:
         """tokens (L, P), t (B,), layout, text (K,) or (K, text_dim) -> (L, P) float32.

@@ -24,16 +24,15 @@ import torch
 from torch import Tensor, nn
 
 from model_zoo.attention import Segments
+from model_zoo.checkpointing import CheckpointPolicy, PackedModel
+from model_zoo.checks import check_positive, head_dim
 from model_zoo.flops import Work
 from model_zoo.layers import (
-    CheckpointPolicy,
     FeedForward,
     Gelu,
     Linear,
     SelfAttention,
-    check_positive,
     check_shared,
-    head_dim,
     sinusoidal_embedding,
 )
 from model_zoo.pack import backend_for, join_pack, text_segment_ids
@@ -80,6 +79,11 @@ class UViTConfig:
         """Blocks before the middle one, and after it."""
         return self.depth // 2
 
+    @property
+    def drops_tokens(self) -> bool:
+        """Whether it can do with some of a clip's tokens, as masked training wants."""
+        return True
+
     def build(self, token_size: int, text_vocab: int | None, text_dim: int | None) -> "UViT":
         """The model, on torch's default device, for tokens of `token_size` values.
 
@@ -101,6 +105,9 @@ class UViTConfig:
             joint_widths=self.depth * d,
             text_widths=self.text_depth * d if text_dim is None else 0,
         )
+
+    def activation_bytes(self, value_bytes: int, tokens: int, policy: CheckpointPolicy) -> None:
+        """Not known."""
 
 
 class Block(nn.Module):
@@ -124,24 +131,19 @@ class Block(nn.Module):
         return x + self.ffn(self.norm2(x))
 
 
-class UViT(nn.Module):
+class UViT(PackedModel):
     """A `Denoiser`: noisy tokens, time and text to an output for each token."""
 
     def __init__(self, config: UViTConfig, token_size: int, text_stem: nn.Module) -> None:
         super().__init__()
         hidden_size, num_skips = config.hidden_size, config.num_skips
         self.config = config
-        self.checkpointing = CheckpointPolicy()
         self.embed = Linear(token_size, hidden_size)
         self.given = nn.Parameter(torch.zeros(hidden_size))
         self.text_stem = text_stem
         self.blocks = nn.ModuleList(Block(config, i > num_skips) for i in range(config.depth))
         self.norm = nn.LayerNorm(hidden_size)
         self.out = Linear(hidden_size, token_size, zero=True)
-
-    def set_checkpointing(self, policy: CheckpointPolicy) -> None:
-        """Choose which blocks are computed again in the backward pass."""
-        self.checkpointing = policy
 
     def forward(self, tokens: Tensor, t: Tensor, layout: Layout, text: Tensor) -> Tensor:
         """tokens (L, P), t (B,), layout, text (K,) or (K, text_dim) -> (L, P) float32."""

@@ -32,6 +32,27 @@ class ByteTextConfig:
                 f" * {self.multiple_of}"
             )
 
+    vocab_size = FIRST_BYTE + 256
+    dim = None  # text comes as ids
+
+    @property
+    def fingerprint(self) -> str:
+        """Names the scheme and both lengths."""
+        return f"byte-1-{self.max_tokens}-{self.multiple_of}"
+
+    def num_tokens(self, caption: str) -> int:
+        """Length of what `ByteText` makes of a caption."""
+        return self.padded(len(self.kept_bytes(caption)))
+
+    def kept_bytes(self, caption: str) -> bytes:
+        """As many bytes of a caption as fit."""
+        kept = caption.encode(errors="replace")[: self.max_tokens - 1]
+        return kept.decode(errors="ignore").encode()  # drops a character that was cut in two
+
+    def padded(self, num_bytes: int) -> int:
+        """Tokens of a caption of so many bytes: its beginning, and pads."""
+        return -(-(1 + num_bytes) // self.multiple_of) * self.multiple_of
+
     def build(self) -> "ByteText":
         """The encoder."""
         return ByteText(self)
@@ -40,36 +61,13 @@ class ByteTextConfig:
 class ByteText:
     """A `TextEncoder` of ids."""
 
-    vocab_size = FIRST_BYTE + 256
-
     def __init__(self, config: ByteTextConfig) -> None:
         self.config = config
 
-    @property
-    def max_tokens(self) -> int:
-        """Of the longest encoded caption; a model that learns a row for each position asks."""
-        return self.config.max_tokens
-
-    @property
-    def fingerprint(self) -> str:
-        """Names the scheme and both lengths."""
-        return f"byte-1-{self.config.max_tokens}-{self.config.multiple_of}"
-
-    def _bytes(self, caption: str) -> bytes:
-        kept = caption.encode(errors="replace")[: self.config.max_tokens - 1]
-        return kept.decode(errors="ignore").encode()  # drops a character that was cut in two
-
-    def _padded(self, num_bytes: int) -> int:
-        return -(-(1 + num_bytes) // self.config.multiple_of) * self.config.multiple_of
-
-    def num_tokens(self, caption: str) -> int:
-        """Length of `encode(caption)`."""
-        return self._padded(len(self._bytes(caption)))
-
     def encode(self, caption: str) -> Tensor:
         """(k,) int64 ids; the empty caption is a beginning and pads."""
-        content = self._bytes(caption)
-        ids = torch.full((self._padded(len(content)),), PAD)
+        content = self.config.kept_bytes(caption)
+        ids = torch.full((self.config.padded(len(content)),), PAD)
         ids[0] = BEGIN
         ids[1 : 1 + len(content)] = torch.tensor(list(content), dtype=torch.long) + FIRST_BYTE
         return ids

@@ -2,8 +2,8 @@ from dataclasses import replace
 
 import torch
 
+from framework.diffusion.denoiser import Denoiser, token_t
 from framework.diffusion.guidance import guided
-from framework.objectives.objective import token_t
 from framework.objectives.rectified_flow import RectifiedFlowConfig
 
 NULL = torch.tensor([97, 98, 99])
@@ -25,14 +25,15 @@ class TextMean:
 
 def test_scale_one_is_the_plain_estimate_at_half_the_cost(make_pack):
     batch, model = make_pack([4, 5]), TextMean()
+    denoiser = Denoiser(model, OBJECTIVE)
     x_t = torch.randn(batch.tokens.shape)
-    plain = guided(model, OBJECTIVE, batch, 1.0, NULL)(x_t, 0.6)
+    plain = guided(denoiser, batch, 1.0, NULL).denoise(x_t, 0.6)
     assert model.num_tokens == [x_t.shape[0]]
     t = token_t(torch.full((batch.num_segments,), 0.6), batch)
     expected = OBJECTIVE.denoised(model(x_t, torch.zeros(3), batch, batch.text), x_t, t)
     torch.testing.assert_close(plain, expected)
     # The general path, a hair from 1, says the same: guidance is continuous in its scale.
-    near = guided(model, OBJECTIVE, batch, 1.0 + 1e-6, NULL)(x_t, 0.6)
+    near = guided(denoiser, batch, 1.0 + 1e-6, NULL).denoise(x_t, 0.6)
     assert model.num_tokens[-1] == 2 * x_t.shape[0]
     torch.testing.assert_close(near, plain, atol=1e-4, rtol=1e-4)
 
@@ -40,7 +41,10 @@ def test_scale_one_is_the_plain_estimate_at_half_the_cost(make_pack):
 def test_guidance_extrapolates_from_unconditioned_through_conditioned(make_pack):
     batch, model = make_pack([4, 5]), TextMean()
     x_t = torch.randn(batch.tokens.shape)
-    estimates = {s: guided(model, OBJECTIVE, batch, s, NULL)(x_t, 0.6) for s in (0.0, 1.0, 2.5)}
+    estimates = {
+        s: guided(Denoiser(model, OBJECTIVE), batch, s, NULL).denoise(x_t, 0.6)
+        for s in (0.0, 1.0, 2.5)
+    }
     expected = estimates[0.0] + 2.5 * (estimates[1.0] - estimates[0.0])
     torch.testing.assert_close(estimates[2.5], expected, atol=1e-4, rtol=1e-4)
     clips = slice(0, int(batch.cu_seqlens[2]))
@@ -50,7 +54,7 @@ def test_guidance_extrapolates_from_unconditioned_through_conditioned(make_pack)
 def test_given_tokens_come_back_as_they_are(make_pack):
     batch = make_pack([4, 5], given=[0, 3])
     x_t = torch.randn(batch.tokens.shape)
-    estimate = guided(TextMean(), OBJECTIVE, batch, 2.5, NULL)(x_t, 0.6)
+    estimate = guided(Denoiser(TextMean(), OBJECTIVE), batch, 2.5, NULL).denoise(x_t, 0.6)
     assert torch.equal(estimate[[0, 3]], x_t[[0, 3]])
 
 
@@ -62,5 +66,6 @@ def test_a_masked_pack_is_guided_at_the_places_of_its_tokens(make_pack):
 
     batch = replace(make_pack([2, 3], padding=0), index=torch.tensor([1, 4, 6, 7, 0, 2, 3, 5, 8]))
     x_t = torch.randn(batch.tokens.shape)
-    plain, guided_twice = (guided(places, OBJECTIVE, batch, s, NULL)(x_t, 0.6) for s in (1.0, 2.5))
+    denoiser = Denoiser(places, OBJECTIVE)
+    plain, guided_twice = (guided(denoiser, batch, s, NULL).denoise(x_t, 0.6) for s in (1.0, 2.5))
     torch.testing.assert_close(guided_twice, plain)

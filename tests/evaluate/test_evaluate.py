@@ -20,6 +20,7 @@ from framework.evaluate.evaluate import Evaluation, evaluated, missed_gates
 from framework.run.checkpoint import Checkpoints
 from framework.run.sharded_state import save_state, shapes_of
 from framework.storage import Store
+from framework.trained import load_trained
 
 SHARD = "shard-000000.tar"
 
@@ -131,16 +132,16 @@ def test_a_checkpoint_of_another_network_is_refused(
     parts = {name: replace(getattr(config, name), **fields) for name, fields in change.items()}
     other = Assembly.of(replace(config, **parts))
     with pytest.raises(ValueError, match=sentence):
-        other.load_model(run, "latest", "ema")
+        load_trained(other, run, "latest", "ema")
 
 
 def test_loading_takes_the_asked_weights_to_the_device(config: RunConfig, run: Store) -> None:
     assembly = Assembly.of(replace(config, model=replace(config.model, attention="sdpa")))
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    init, step = assembly.load_model(run, "init", "ema")
+    init, step = load_trained(assembly, run, "init", "ema")
     assert step == 0
     for weights, shift in (("weights", 0.0), ("ema", 1.0)):
-        model, step = assembly.load_model(run, "100", weights)
+        model, step = load_trained(assembly, run, "100", weights)
         assert step == 100
         assert not model.training
         for p, start in zip(model.parameters(), init.parameters(), strict=True):

@@ -30,7 +30,7 @@ def line(small_line: list[str], small_data: list[str]) -> list[str]:
         "train.checkpoint_every=5",
         "train.log_every=5",
         "train.deterministic=true",
-        "train.try_worst_packs=false",
+        "train.try_largest_packs=false",
     ]
 
 
@@ -77,7 +77,7 @@ def test_steps_that_went_wrong_are_left_out_and_nothing_else(
     ("fault", "options", "words"),
     [
         ("bug", ["cluster.num_workers=1"], "IndexError"),
-        ("memory", ["train.try_worst_packs=true"], "memory runs out on a pack that the recipe"),
+        ("memory", ["train.try_largest_packs=true"], "memory runs out on a pack that the recipe"),
     ],
 )
 def test_a_mistake_of_the_users_own_ends_the_run_at_once(

@@ -42,7 +42,7 @@ def test_hang_notice_outage_and_altered_checkpoint(
         "train.deterministic=true",
         "tracking=none",
     ]
-    finish("framework.train", *line, "train.try_worst_packs=false")  # which changes nothing
+    finish("framework.train", *line, "train.try_largest_packs=false")  # which changes nothing
     expected = read_ledger(Store(tmp_path / "runs/small"))
     assert sorted(expected) == list(range(STEPS))
 

@@ -90,7 +90,7 @@ def test_a_node_goes_and_another_comes(
         f"train.steps={STEPS}",
         "train.checkpoint_every=5",
         "train.log_every=5",
-        "train.try_worst_packs=false",
+        "train.try_largest_packs=false",
         "cluster.num_workers=[1,3]",
         "data.global_batch_packs=3",
         "cluster.grow_after_s=0",

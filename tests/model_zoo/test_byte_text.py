@@ -18,8 +18,8 @@ def test_there_and_back(caption):
 @pytest.mark.parametrize("caption", ["", "a", "x" * 15, "x" * 16, "é" * 40, "🎈" * 40, "x" * 999])
 @pytest.mark.parametrize(("max_tokens", "multiple_of"), [(48, 48), (64, 16), (50, 1), (1, 1)])
 def test_lengths(caption, max_tokens, multiple_of):
-    text = ByteTextConfig(max_tokens, multiple_of).build()
-    ids = text.encode(caption)
+    text = ByteTextConfig(max_tokens, multiple_of)
+    ids = text.build().encode(caption)
     assert len(ids) == text.num_tokens(caption)
     assert 1 <= len(ids) <= max_tokens
     assert len(ids) % multiple_of == 0
@@ -37,7 +37,7 @@ def test_half_a_surrogate_pair_does_not_stop_a_run():
 
 
 def test_fingerprint_names_what_matters():
-    prints = {ByteTextConfig(*c).build().fingerprint for c in ((48, 48), (96, 48), (48, 24))}
+    prints = {ByteTextConfig(*c).fingerprint for c in ((48, 48), (96, 48), (48, 24))}
     assert len(prints) == 3
 
 

@@ -1,8 +1,10 @@
+from dataclasses import fields
+
 import numpy as np
 import pytest
 import torch
 
-from model_zoo.codecs.haar import HaarCodec, HaarConfig
+from model_zoo.codecs.haar import HaarCodec, HaarConfig, _bands
 from model_zoo.codecs.identity import IdentityConfig
 
 
@@ -58,16 +60,16 @@ def test_blocks_do_not_touch(codec):
     assert moved.nonzero().tolist() == [[1, 1, 1]]
 
 
-def test_scales_are_those_of_the_docstring(codec):
-    std = codec.latent_std
-    assert std.shape == (144,)
-    assert std.min() == pytest.approx(0.308, abs=0.001)
-    assert std.max() == pytest.approx(3.017, abs=0.001)
+def test_scales_are_those_of_the_docstring():
+    std = HaarConfig().latent_std
+    assert len(std) == HaarConfig().channels == 144
+    assert min(std) == pytest.approx(0.308, abs=0.001)
+    assert max(std) == pytest.approx(3.017, abs=0.001)
 
 
-def test_fingerprint_is_stable(codec):
+def test_fingerprint_is_stable():
     # Latents that were stored under this name must stay readable: change it only with the codec.
-    assert codec.fingerprint == "haar-a9e3e64c72b859f0"
+    assert HaarConfig().fingerprint == "haar-a9e3e64c72b859f0"
 
 
 def test_sizes_that_do_not_fit_are_refused(codec):
@@ -85,4 +87,24 @@ def test_identity_keeps_pixels():
     assert torch.equal(codec.decode(latents, 2), frames[:2])
     with pytest.raises(ValueError, match="num_frames=4"):
         codec.decode(latents, 4)
-    assert codec.latent_std.shape == (codec.channels,)
+
+
+@pytest.mark.parametrize("config", [HaarConfig(), IdentityConfig()])
+def test_facts_are_those_of_the_latents_and_no_fields(config):
+    latents = config.build().encode(torch.zeros(9, 3, 32, 48))
+    assert latents.shape == (
+        config.channels,
+        -(-9 // config.temporal_stride),
+        32 // config.spatial_stride,
+        48 // config.spatial_stride,
+    )
+    assert len(config.latent_mean) == len(config.latent_std) == config.channels
+    assert not fields(config)  # a fact is no choice: it must not count for a run's identity
+    assert hash(config) == hash(type(config)())
+
+
+def test_facts_may_be_asked_for_where_tensors_have_no_memory():
+    _bands.cache_clear()
+    with torch.device("meta"):
+        assert max(HaarConfig().latent_std) == pytest.approx(3.017, abs=0.001)
+    assert HaarConfig().build().encode(torch.zeros(1, 3, 8, 8)).device.type == "cpu"

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from model_zoo.attention import Segments, _attend, packed_attention
-from model_zoo.layers import CheckpointPolicy
+from model_zoo.checkpointing import CheckpointPolicy
 from model_zoo.models.dit import DiTConfig
 from model_zoo.models.mmdit import MMDiTConfig
 from tests.conftest import relative_l2

@@ -16,8 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from framework.batch import PackedBatch
 from model_zoo.attention import ATTENTION_OPERATORS
+from model_zoo.checkpointing import CheckpointPolicy
 from model_zoo.flops import cost_coefficients, forward_flops
-from model_zoo.layers import CheckpointPolicy
 from model_zoo.models.dit import DiTConfig
 from model_zoo.models.dit_original import OriginalDiTConfig
 from model_zoo.models.mmdit import MMDiTConfig
@@ -209,7 +209,7 @@ def test_a_token_is_where_its_index_says(make_pack, name):
     pack = make_pack(GRIDS, TEXT, P, padding=(3, 5))
     whole = replace(pack, index=pack.token_index.int())
     torch.testing.assert_close(run(model, whole), run(model, pack), atol=0, rtol=0)
-    if not getattr(model.config, "drops_tokens", True):
+    if not model.config.drops_tokens:
         return
     order = torch.argsort(pack.segment_ids + 0.9 * torch.rand(pack.tokens.shape[0]))
     shuffled = replace(pack, tokens=pack.tokens[order], index=whole.index[order])

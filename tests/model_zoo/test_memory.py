@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from model_zoo.layers import CheckpointPolicy
-from model_zoo.memory import Memory, activation_bytes, training_memory
+from model_zoo.checkpointing import CheckpointPolicy
+from model_zoo.memory import Memory, training_memory
 from model_zoo.models.dit import DiTConfig
 
 CONFIG = DiTConfig(hidden_size=96, ffn=320, num_heads=4, depth=4)
@@ -37,17 +37,17 @@ def test_activations_are_those_that_autograd_keeps(make_pack, dtype, value_bytes
     config = replace(CONFIG, qk_norm=qk_norm)
     none = CheckpointPolicy("none")
     measured = kept_bytes(make_pack, config, dtype, none)
-    formula = activation_bytes(config, value_bytes, TOKENS, none)
+    formula = config.activation_bytes(value_bytes, TOKENS, none)
     assert formula == pytest.approx(measured, rel=0.03)  # text, time, embedding and tokens
     deeper = replace(config, depth=8)
     blocks = kept_bytes(make_pack, deeper, dtype, none) - measured
-    formula = activation_bytes(deeper, value_bytes, TOKENS, none) - formula
+    formula = deeper.activation_bytes(value_bytes, TOKENS, none) - formula
     assert formula == pytest.approx(blocks, rel=0.01)
 
 
 def test_policies_in_their_order() -> None:
     sizes = [
-        activation_bytes(replace(CONFIG, depth=24), 2, TOKENS, CheckpointPolicy(mode, every))
+        replace(CONFIG, depth=24).activation_bytes(2, TOKENS, CheckpointPolicy(mode, every))
         for mode, every in [("full", 1), ("selective", 1), ("every_k", 2), ("none", 1)]
     ]
     assert sizes == sorted(sizes)

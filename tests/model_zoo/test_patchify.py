@@ -30,8 +30,8 @@ def test_padding_repeats_the_edge():
 
 
 def test_std_follows_the_order_of_values():
-    std = torch.tensor([1.0, 10.0])
-    latents = torch.randn(2, 64, 16, 16) * std.reshape(2, 1, 1, 1)
+    std = (1.0, 10.0)
+    latents = torch.randn(2, 64, 16, 16) * torch.tensor(std).reshape(2, 1, 1, 1)
     measured = patchify(latents, (2, 2, 2)).std(0)
     torch.testing.assert_close(measured, patch_std(std, (2, 2, 2)), rtol=0.1, atol=0)  # 2,048 draws
 

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from framework.data.plan.views import Geometry
+from framework.diffusion.denoiser import Denoiser
 from framework.diffusion.samplers import EulerConfig, HeunConfig
+from framework.encoders import Encoders
 from framework.objectives.rectified_flow import RectifiedFlowConfig
 from framework.sample.generate import Prompt, generate
 from model_zoo.codecs.haar import HaarConfig
@@ -15,9 +17,9 @@ from model_zoo.patchify import patch_std, patchify
 from model_zoo.text.byte import ByteTextConfig
 
 PATCH = (2, 4, 4)
-CODEC = IdentityConfig().build()
+CODEC = IdentityConfig()
 GEOMETRY = Geometry(CODEC.temporal_stride, CODEC.spatial_stride, CODEC.causal, PATCH)
-TEXT = ByteTextConfig(max_tokens=16, multiple_of=1).build()
+TEXT = ByteTextConfig(max_tokens=16, multiple_of=1)
 TOKEN_SIZE = CODEC.channels * 32
 PROMPTS = [
     Prompt("a red circle", 4, 8, 8, seed=1),
@@ -69,16 +71,8 @@ def run(
     std = patch_std(codec.latent_std, geometry.patch_size)
     objective = RectifiedFlowConfig(precondition=precondition).build(std)
     config = SAMPLERS[name](**{"num_steps": 4, **sampler})
-    return generate(
-        Mixer() if model is None else model,
-        objective,
-        codec,
-        TEXT,
-        geometry,
-        prompts,
-        config,
-        max_tokens,
-    )
+    denoiser = Denoiser(Mixer() if model is None else model, objective)
+    return generate(denoiser, Encoders(codec, TEXT), geometry, prompts, config, max_tokens)
 
 
 def assert_alike(a: np.ndarray, b: np.ndarray) -> None:
@@ -167,13 +161,13 @@ def test_any_size_is_the_next_grid_cropped(
     name: str, codec, patch: tuple[int, int, int], whole, asked, encoded: Callable
 ):
     live = codec.build()
-    geometry = Geometry(live.temporal_stride, live.spatial_stride, live.causal, patch)
+    geometry = Geometry(codec.temporal_stride, codec.spatial_stride, codec.causal, patch)
     kept = encoded(live, *whole)  # frames that the codec does not change
     small = encoded(live, *[s * p for s, p in zip((4, 8, 8), patch, strict=True)], seed=1)
     targets = [patchify(live.encode(frames), patch) for frames in (kept, small)]
     prompts = [Prompt("x", *asked), Prompt("y", small.shape[0], *small.shape[2:])]
     for_asked, for_small = run(
-        prompts, Knows(targets), live, geometry, False, name=name, num_steps=3
+        prompts, Knows(targets), codec, geometry, False, name=name, num_steps=3
     )
     top, left = (whole[1] - asked[1]) // 2, (whole[2] - asked[2]) // 2
     expected = kept[: asked[0], :, top : top + asked[1], left : left + asked[2]]

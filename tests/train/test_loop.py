@@ -17,7 +17,7 @@ from framework.data.plan.recipe import Recipe
 from framework.objectives.objective import Draw, Objective
 from framework.train.engine.protocol import StepStats
 from framework.train.loop import StepInput, StepOutput, train
-from framework.train.rank.largest_packs import worst_packs
+from framework.train.rank.largest_packs import largest_packs
 
 LINE = (
     "experiment=demo",
@@ -56,7 +56,7 @@ class Line:
         self.assembly = Assembly.of(config)
         self.objective: Objective = self.assembly.build_objective()
         recipe: Recipe = self.assembly.recipe()
-        packs = worst_packs(recipe, self.assembly.reader(str(folder)), 64)
+        packs = largest_packs(recipe, self.assembly.reader(str(folder)), 64)
         generator = torch.Generator().manual_seed(0)
         self.packs = []
         for index in range(PACKS):
@@ -79,7 +79,7 @@ class Line:
             pack = self.packs[index % PACKS]
             if index >= PACKS:
                 pack = replace(pack, clip_weights=torch.zeros_like(pack.clip_weights))
-            share.append((pack, self.objective.draw(pack, seed=0)))
+            share.append((pack, self.objective.draw(pack, seed=0, step=0)))
         return share
 
     def gradient(self, world: int) -> tuple[dict[str, Tensor], float]:

@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from framework.train.driver.follow import Interrupts, Stopped, follow
-from framework.train.mailbox import make_board
+from framework.train.mailbox import make_mailbox
 
 
 @pytest.mark.slow
@@ -35,7 +35,7 @@ def main() -> None:
         for_ever = threading.Event().wait
         with Interrupts() as interrupts:
             follow(
-                make_board(),
+                make_mailbox(),
                 for_ever,
                 lambda line: print(line, flush=True),
                 interrupts,

@@ -123,7 +123,7 @@ def encode(
 
 def _claim(store: Store, encoding: Mapping[str, Any], encoders: Encoders) -> None:
     if not store.exists("encoding.json"):
-        store.write("null_text.safetensors", dump_text(encoders.text("")))
+        store.write("null_text.safetensors", dump_text(encoders.embed("")))
         store.write("encoding.json", json.dumps(encoding, indent=1, sort_keys=True).encode())
         return
     here = json.loads(store.read("encoding.json"))
@@ -212,8 +212,8 @@ class _Work:
         view = View(*(row[name] for name in (*_VIEW, "view_flip")))
         frames = decode_view(payload, row["checksum"], row["checked_bytes"], view)
         captions = dict.fromkeys(["", *row["captions"]])
-        texts = {caption: self.encoders.text(caption) for caption in captions}
-        return dump_clip(self.encoders.frames(frames), texts, getattr(torch, self.dtype))
+        texts = {caption: self.encoders.embed(caption) for caption in captions}
+        return dump_clip(self.encoders.frames_to_latents(frames), texts, getattr(torch, self.dtype))
 
     def _write(
         self, shard: str, files: list[dict[str, Any]], kept: list[dict[str, Any]]

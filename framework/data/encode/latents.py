@@ -4,8 +4,8 @@ latents        (C, F, h, w)
 text-<hash>    (k,) ids or (k, D) embeddings, for each caption and for the empty one
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from typing import Protocol
 
 import numpy as np
 import safetensors.torch
@@ -18,15 +18,16 @@ from framework.seeding import hash64
 LATENTS = "latents"
 
 
-@dataclass(frozen=True)
-class Encoders:
-    """The networks, picklable; they are built where they are first called.
+class Encoders(Protocol):
+    """The codec and the text encoder, as functions; picklable."""
 
-    frames: uint8 (T, H, W, 3) -> latents (C, F, h, w) on the CPU. text: caption -> (k,) or (k, D).
-    """
+    def frames_to_latents(self, frames: np.ndarray) -> Tensor:
+        """uint8 frames (T, H, W, 3) -> latents (C, F, h, w) on the CPU."""
+        ...
 
-    frames: Callable[[np.ndarray], Tensor]
-    text: Callable[[str], Tensor]
+    def embed(self, caption: str) -> Tensor:
+        """Caption -> (k,) ids or (k, D) embeddings on the CPU."""
+        ...
 
 
 def dump_clip(latents: Tensor, texts: Mapping[str, Tensor], dtype: torch.dtype) -> bytes:

@@ -6,19 +6,16 @@ levels and noise are the same at every evaluation: two checkpoints differ by the
 
 from collections.abc import Iterable, Sequence
 
-import torch
-from torch import nn
-
 from framework.batch import PackedBatch
-from framework.objectives.objective import Objective
+from framework.diffusion.denoiser import Denoiser
+from framework.objectives.objective import DiffusionObjective
 
 # From nearly clean to nearly noise; chosen by hand.
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
 def validation_loss(
-    model: nn.Module,
-    objective: Objective,
+    denoiser: Denoiser[DiffusionObjective],
     batches: Iterable[PackedBatch],
     levels: Sequence[float] = LEVELS,
     seed: int = 0,
@@ -32,21 +29,17 @@ def validation_loss(
     """
     if not levels:
         raise ValueError(f"levels={levels} must name at least one t in [0, 1]")
-    device = next(model.parameters()).device
+    model, objective = denoiser.model, denoiser.parametrization
     sums, num_tokens = [0.0] * len(levels), 0.0
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            for batch in batches:
-                on_device = batch.to(device)
-                num_tokens += float(on_device.loss_mask.sum())
-                for i, level in enumerate(levels):
-                    draw = objective.fixed_draw(batch, level, seed).to(device)
-                    sums[i] += float(objective.loss(model, on_device, draw).double().sum())
-    finally:
-        model.train(was_training)
+    with denoiser.evaluating():
+        for batch in batches:
+            on_device = batch.to(denoiser.device)
+            num_tokens += float(on_device.loss_mask.sum())
+            for i, level in enumerate(levels):
+                draw = objective.fixed_draw(batch, level, seed).to(denoiser.device)
+                losses = objective.loss(model, on_device, draw)
+                sums[i] += float(losses.by_clip.double().sum())
     if num_tokens == 0:
         raise ValueError("the validation batches hold no loss-bearing token; check the split")
-    losses = {f"loss_t{level:g}": s / num_tokens for level, s in zip(levels, sums, strict=True)}
-    return {"loss": sum(losses.values()) / len(losses), **losses}
+    means = {f"loss_t{level:g}": s / num_tokens for level, s in zip(levels, sums, strict=True)}
+    return {"loss": sum(means.values()) / len(means), **means}

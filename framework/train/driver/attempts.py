@@ -12,9 +12,9 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import count
-from typing import Any
 
 import ray
+from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayError
 from ray.train import ControllerError, TrainingFailedError
 
@@ -22,8 +22,9 @@ from framework.cluster import ClusterConfig, leaving_nodes, room
 from framework.run.checkpoint import Checkpoints
 from framework.run.fence import Fence, Superseded, begin_attempt
 from framework.storage import Store
+from framework.terminal import Show
 from framework.train.driver.follow import Interrupts, Stopped, follow
-from framework.train.mailbox import NO_ROOM, Line, make_board
+from framework.train.mailbox import NO_ROOM, make_mailbox
 
 LOOK_EVERY_S = 2.0  # at the cluster's nodes
 
@@ -32,16 +33,16 @@ LOOK_EVERY_S = 2.0  # at the cluster's nodes
 class Attempts:
     """Drives a run to its last step.
 
-    `fit(num_workers, fence, restarts, board)` starts one group of workers and returns when it has
+    `fit(num_workers, fence, restarts, mailbox)` starts one group of workers and returns when it has
     ended; `check` is called every second, and raises what makes the run impossible.
     """
 
     run: Store
     cluster: ClusterConfig
     num_steps: int
-    show: Callable[[Line], None]
+    show: Show
     check: Callable[[], None]
-    fit: Callable[[int, Fence, int, Any], object]
+    fit: Callable[[int, Fence, int, ActorHandle], object]
     _fence: Fence | None = None
     _gone: frozenset[str] = frozenset()  # nodes that are to be left
     # Nodes on which a group of so many workers, and no more, may start: others had no room.
@@ -61,7 +62,7 @@ class Attempts:
             return False
         return True
 
-    def to_the_end(self) -> None:
+    def run_until_done(self) -> None:
         """Return when the last step is committed.
 
         ValueError for what no further attempt would change; SystemExit, with its cause, after too
@@ -76,30 +77,30 @@ class Attempts:
 
     def _attempt(self, num_workers: int, restarts: int, interrupts: Interrupts) -> bool:
         """Whether the run is done."""
-        board = make_board()
+        mailbox = make_mailbox()
         fence = self._fence = begin_attempt(self.run, num_workers)
         watch = _NodeWatch(self.cluster, num_workers, self._gone, self._room)
 
-        def wish() -> str:
+        def why_leave() -> str:
             self.check()
-            return watch.wish()
+            return watch.why_leave()
 
         died: Exception | None = None
         refusal, left = None, ""
         try:
             follow(
-                board,
-                lambda: self.fit(num_workers, fence, restarts, board),
+                mailbox,
+                lambda: self.fit(num_workers, fence, restarts, mailbox),
                 self.show,
                 interrupts,
-                wish,
+                why_leave,
             )
         except (TrainingFailedError, RayError) as error:
             died = error
         self._gone = watch.gone
         with contextlib.suppress(RayError):
-            refusal, left = ray.get([board.refusal.remote(), board.left.remote()], timeout=60)
-        ray.kill(board)
+            refusal, left = ray.get([mailbox.refusal.remote(), mailbox.left.remote()], timeout=60)
+        ray.kill(mailbox)
         if refusal:
             raise ValueError(refusal) from died
         before, self._committed = self._committed, self._latest_step()
@@ -197,7 +198,7 @@ class _NodeWatch:
         self._seen = num_workers  # room for so many, since then
         self._since = self._looked
 
-    def wish(self) -> str:
+    def why_leave(self) -> str:
         """Why to leave; empty while there is no reason, or the head cannot be asked."""
         now = time.monotonic()
         if now - self._looked < LOOK_EVERY_S:

@@ -16,13 +16,12 @@ from framework.data.manifest.table import read_manifest
 from framework.data.plan.recipe import Recipe
 from framework.data.plan.views import choose_views
 from framework.train.config import HardwareConfig
-from framework.train.driver.job import Job
-from framework.train.engine.protocol import DTYPES
-from framework.train.engine.zero import ZeroConfig, derive_sizes, largest_block
+from framework.train.engine.protocol import DTYPES, EngineConfig
+from framework.train.engine.zero import largest_block
+from framework.train.job import Job
+from model_zoo.checkpointing import CheckpointPolicy
 from model_zoo.flops import Grid, training_flops_per_token
-from model_zoo.layers import CheckpointPolicy
-from model_zoo.memory import Memory, activation_bytes, training_memory
-from model_zoo.models.dit import DiTConfig
+from model_zoo.memory import Memory
 
 MIXTURE_CLIPS = 10_000
 # The CUDA context, communication buckets, workspaces, and what the allocator cannot use.
@@ -105,7 +104,7 @@ def estimate(job: Job, hardware: HardwareConfig) -> Estimate:
         steps=job.train.steps,
         step_s=flops / (num_gpus * hardware.peak_tflops * 1e12 * hardware.mfu),
         memory=_memory(job, size, recipe.max_tokens, num_gpus, policy),
-        knows_activations=isinstance(assembly.model, DiTConfig),
+        knows_activations=_activations(job, recipe.max_tokens, policy) is not None,
         hardware=hardware,
         cures=tuple(_cures(job, size, recipe, hardware)),
     )
@@ -149,23 +148,17 @@ class _Size:
         return cls(sum(parameter.numel() for parameter in model.parameters()), largest_block(model))
 
 
+def _activations(job: Job, tokens: int, policy: CheckpointPolicy) -> int | None:
+    """Bytes of a pack; None where there is no formula for the model."""
+    value_bytes = DTYPES[job.engine.dtype].itemsize
+    return job.assembly.model.activation_bytes(value_bytes, tokens, policy)
+
+
 def _memory(job: Job, size: _Size, tokens: int, num_gpus: int, policy: CheckpointPolicy) -> Memory:
-    """On one of so many GPUs; without activations where there is no formula for them."""
-    model, engine = job.assembly.model, job.engine
-    is_zero, value_bytes = isinstance(engine, ZeroConfig), DTYPES[engine.dtype].itemsize
-    activations = 0
-    if isinstance(model, DiTConfig):
-        activations = activation_bytes(model, value_bytes, tokens, policy)
-    return training_memory(
-        size.numel,
-        engine.stage if is_zero else 0,
-        num_gpus,
-        value_bytes,
-        activations,
-        gathered=derive_sizes(engine, size.numel, size.block).live if is_zero else 0,
-        has_ema=engine.ema_decay > 0,
-        offload=engine.offload if is_zero else "none",
-    )
+    """On one of so many GPUs; without activations where they are not known."""
+    engine: EngineConfig = job.engine
+    activations = _activations(job, tokens, policy) or 0
+    return engine.memory(size.numel, size.block, num_gpus, activations)
 
 
 def _cures(job: Job, size: _Size, recipe: Recipe, hardware: HardwareConfig) -> list[str]:

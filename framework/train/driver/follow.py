@@ -1,4 +1,4 @@
-"""Follow a group of workers from the driver: show its lines, pass on Ctrl-C and other wishes.
+"""Follow a group of workers from the driver: show its lines, pass on Ctrl-C and other requests.
 
 Ctrl-C (or SIGTERM, which `ray job stop` sends) once asks the workers to commit a checkpoint and
 stop; twice stops at once.
@@ -12,8 +12,9 @@ from types import FrameType
 from typing import Any
 
 import ray
+from ray.actor import ActorHandle
 
-from framework.train.mailbox import Line
+from framework.terminal import Show
 
 
 class Stopped(KeyboardInterrupt):
@@ -45,16 +46,16 @@ class Interrupts:
 
 
 def follow(
-    board: Any,
+    mailbox: ActorHandle,
     fit: Callable[[], object],
-    show: Callable[[Line], None],
+    show: Show,
     interrupts: Interrupts,
-    wish: Callable[[], str],
+    why_leave: Callable[[], str],
 ) -> None:
-    """Run `fit` to its end, showing the board's lines. What it raises is raised here.
+    """Run `fit` to its end, showing the mailbox's lines. What it raises is raised here.
 
-    `wish` is called every second; where it gives a reason to leave, the workers are asked to, once.
-    So they are after an interrupt.
+    `why_leave` is called every second; where it gives a reason, the workers are asked to leave,
+    once. So they are after an interrupt.
     """
     raised: list[BaseException] = []
 
@@ -70,19 +71,19 @@ def follow(
     asked = ""
     while thread.is_alive():
         thread.join(1.0)
-        why = "stop" if interrupts.count else wish()
+        why = "stop" if interrupts.count else why_leave()
         if why and why != asked:
             if why == "stop":
                 show({"text": "stopping after a checkpoint; once more to stop at once"})
             asked = why
-            board.ask.remote(why)
-        _show_lines(board, show)
-    _show_lines(board, show)  # what was told in the last second
+            mailbox.ask_to_leave.remote(why)
+        _show_lines(mailbox, show)
+    _show_lines(mailbox, show)  # what was told in the last second
     if raised:
         raise raised[0]
 
 
-def _show_lines(board: Any, show: Callable[[Line], None]) -> None:
+def _show_lines(mailbox: ActorHandle, show: Show) -> None:
     with contextlib.suppress(ray.exceptions.RayError):  # an outage of the head: ask again later
-        for line in ray.get(board.take.remote(), timeout=10):
+        for line in ray.get(mailbox.take.remote(), timeout=10):
             show(line)

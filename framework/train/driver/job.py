@@ -6,20 +6,17 @@ name, and the workers go on from the latest committed checkpoint, in the same ML
 
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import ray
 import ray.train
 from ray import cloudpickle
+from ray.actor import ActorHandle
 from ray.train.torch import TorchTrainer
 
-from framework.assembly import Assembly
 from framework.cluster import (
     ClusterConfig,
-    check_lasting,
     check_room,
     connect,
     num_nodes,
@@ -30,14 +27,14 @@ from framework.data.manifest.table import Manifest
 from framework.data.plan.store import Plan
 from framework.run.checkpoint import Checkpoint, Checkpoints
 from framework.run.fence import Fence
-from framework.run.identity import Identity, RunSection, code_version, name_freed_if_refused
+from framework.run.identity import code_version, name_freed_if_refused
 from framework.storage import TRAINING, Store
+from framework.terminal import Show
 from framework.tracking.run_tracker import open_tracker
 from framework.tracking.tracker import Status
-from framework.train.config import TrainConfig
 from framework.train.driver.attempts import Attempts
 from framework.train.driver.follow import Stopped
-from framework.train.mailbox import Line
+from framework.train.job import Job
 from framework.train.preflight import check_driver, refusal, show_checks
 from framework.train.rank.bootstrap import start
 from framework.train.rank.notice import NoticingTorchConfig
@@ -45,32 +42,6 @@ from framework.train.rank.rank import WorkerArgs
 
 # Of a checkpoint: float32 weights, two moments of Adam, and the EMA.
 BYTES_PER_PARAMETER = 16
-
-
-@dataclass(frozen=True)
-class Job:
-    """The configs of one training run."""
-
-    run: RunSection
-    assembly: Assembly
-    train: TrainConfig
-    optimizer: Any
-    engine: Any
-    tracking: Any
-    cluster: ClusterConfig
-    identity: Identity  # of the whole run config
-    profile: bool = False
-
-    def check(self) -> None:
-        """ValueError where the configs do not fit together, or name a place that will not last."""
-        self.assembly.check()
-        if self.cluster.max_workers > (packs := self.assembly.data.global_batch_packs):
-            raise ValueError(
-                f"cluster.num_workers={self.cluster.num_workers} is more than "
-                f"data.global_batch_packs={packs}; raise the latter"
-            )
-        check_lasting("run.root", self.run.root)
-        self.tracking.check_lasting(check_lasting)
 
 
 @dataclass(frozen=True)
@@ -83,7 +54,7 @@ class Result:
     plan: Plan
 
 
-def train(job: Job, show: Callable[[Line], None], store: Store) -> Result:
+def train(job: Job, show: Show, store: Store) -> Result:
     """Run or resume the job, checked before, in its claimed folder `store`, to its last step.
 
     A run that has come to its last step is given back as it is, without Ray. ValueError for a
@@ -111,38 +82,28 @@ def train(job: Job, show: Callable[[Line], None], store: Store) -> Result:
     manifest = job.assembly.pinned_manifest(store)
     run_id = _preflight(job, store, manifest, show)
 
-    def args(fence: Fence, restarts: int, board: Any) -> WorkerArgs:
-        return WorkerArgs(
-            assembly=job.assembly,
-            train=job.train,
-            optimizer=job.optimizer,
-            engine=job.engine,
-            tracking=job.tracking.absolute(Path.cwd()),
-            stream=job.assembly.data.stream,
-            run_url=store.url,
-            run_name=job.run.name,
+    for_ranks = replace(job, tracking=job.tracking.absolute(Path.cwd()))
+
+    def fit(num_workers: int, fence: Fence, restarts: int, mailbox: ActorHandle) -> None:
+        args = WorkerArgs(
+            job=for_ranks,
             plan_digest=plan.digest,
             shards_url=manifest.shards_url,
             first_shard=manifest.first_shard,
-            identity=job.identity,
             code_version=code_version(),
-            threads=job.cluster.threads_per_worker,
-            profile=job.profile,
             fence=fence,
             restarts=restarts,
             session_began=began,
-            board=board,
+            mailbox=mailbox,
         )
-
-    def fit(num_workers: int, fence: Fence, restarts: int, board: Any) -> None:
-        _trainer(job.cluster, num_workers, store, args(fence, restarts, board)).fit()
+        _trainer(job.cluster, num_workers, store, args).fit()
 
     # From here on a restart would cost more than to wait.
     store = store.with_retry(TRAINING)
     ahead = _PlanAhead(job, store)
     attempts = Attempts(store, job.cluster, job.train.steps, show, ahead.check, fit)
     try:
-        attempts.to_the_end()
+        attempts.run_until_done()
     except BaseException as error:
         if attempts.is_newest():  # else the run is another driver's
             _close(job, store, "KILLED" if isinstance(error, Stopped) else "FAILED")
@@ -207,9 +168,7 @@ def _check_plan(latest: Checkpoint, plan: Plan, store: Store) -> None:
         )
 
 
-def _preflight(
-    job: Job, store: Store, manifest: Manifest, show: Callable[[Line], None]
-) -> str | None:
+def _preflight(job: Job, store: Store, manifest: Manifest, show: Show) -> str | None:
     """Look at storage, shards, tracker and memory, and open the run in the tracker with its config.
 
     The tracker's id of the run, where it answers; ValueError where a check fails.

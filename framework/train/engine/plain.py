@@ -25,6 +25,7 @@ from framework.train.engine.protocol import (
     sum_of_squares,
 )
 from framework.train.engine.snapshot import Snapshot
+from model_zoo.memory import Memory, training_memory
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,19 @@ class PlainConfig:
     ) -> "PlainEngine":
         """The engine at step 0 of `num_steps`; `model_factory` seeds itself, builds on the CPU."""
         return PlainEngine(self, model_factory().to(device), optimizer, num_steps)
+
+    def memory(
+        self, num_parameters: int, largest_block: int, num_ranks: int, activations: int
+    ) -> Memory:
+        """As on one rank, whatever their number."""
+        return training_memory(
+            num_parameters,
+            0,
+            num_ranks,
+            DTYPES[self.dtype].itemsize,
+            activations,
+            has_ema=self.ema_decay > 0,
+        )
 
 
 class PlainEngine:

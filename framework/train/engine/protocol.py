@@ -15,6 +15,7 @@ from torch import Tensor, distributed, nn
 
 from framework.storage import Store
 from framework.train.engine.snapshot import Snapshot
+from model_zoo.memory import Memory
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # What is kept of each parameter, in float32. A checkpoint holds it as `<kind>.<parameter name>`.
@@ -123,6 +124,16 @@ class EngineConfig(Protocol):
         device: torch.device,
     ) -> Engine:
         """The engine at step 0 of `num_steps`; `model_factory` seeds itself, builds on the CPU."""
+        ...
+
+    def memory(
+        self, num_parameters: int, largest_block: int, num_ranks: int, activations: int
+    ) -> Memory:
+        """Bytes on one of `num_ranks` GPUs; nothing is built.
+
+        `largest_block`: values of the largest block. `activations`: bytes of a pack, 0 where they
+        are not known.
+        """
         ...
 
 

@@ -52,6 +52,7 @@ from framework.train.engine.protocol import (
 )
 from framework.train.engine.snapshot import Snapshot
 from framework.train.engine.zero_stages import Stage, Stage1And2, Stage3, check_parts
+from model_zoo.memory import Memory, training_memory
 
 OFFLOADS = ("none", "optimizer", "all")
 
@@ -125,6 +126,21 @@ class ZeroConfig:
             plain = PlainConfig(self.dtype, self.ema_decay)
             return plain.build(model_factory, optimizer, num_steps, device)
         return ZeroEngine(self, model_factory, optimizer, num_steps, device)
+
+    def memory(
+        self, num_parameters: int, largest_block: int, num_ranks: int, activations: int
+    ) -> Memory:
+        """By the stage, and by what is offloaded."""
+        return training_memory(
+            num_parameters,
+            self.stage,
+            num_ranks,
+            DTYPES[self.dtype].itemsize,
+            activations,
+            gathered=derive_sizes(self, num_parameters, largest_block).live,
+            has_ema=self.ema_decay > 0,
+            offload=self.offload,
+        )
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,18 @@ that took most. Switched off, it is one comparison a step.
 """
 
 import logging
-from dataclasses import dataclass
+import tempfile
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
+
+from framework.storage import Store
+from framework.tracking.tracker import Tracker
+from framework.train.loop import StepOutput
+from framework.train.observers.observer import Observer
 
 _LOG = logging.getLogger(__name__)
 _WARMUP_STEPS = 1  # the tracer's own start takes time, which must not be in the profile
@@ -113,3 +119,31 @@ class Profile:
             _LOG.warning("the profile could not be written: %s", error)
             return
         self.files += [trace, operators]
+
+
+class ProfileKeeper(Observer):
+    """Profiles a session, and keeps what comes of it with the run and with the tracker."""
+
+    def __init__(
+        self, config: ProfileConfig, enabled: bool, dp_rank: int, run: Store, tracker: Tracker
+    ) -> None:
+        self._run, self._tracker = run, tracker
+        self._scratch = tempfile.TemporaryDirectory()
+        config = replace(config, enabled=enabled)
+        self._profile = Profile(config, Path(self._scratch.name), dp_rank)
+
+    def begin(self) -> None:
+        """Begin when it is due."""
+        self._profile.__enter__()
+
+    def step(self, output: StepOutput) -> None:
+        """Count it."""
+        self._profile.step()
+
+    def end(self, error: BaseException | None) -> None:
+        """Keep the files."""
+        self._profile.__exit__(None if error is None else type(error), error, None)
+        for path in self._profile.files:
+            self._run.write(f"profiles/{path.name}", path.read_bytes())
+            self._tracker.log_artifact(path, "profiles")
+        self._scratch.cleanup()

@@ -11,7 +11,7 @@ run's newest.
 import contextlib
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,25 +21,21 @@ from torch import distributed
 
 from framework.run.checkpoint import Checkpoints
 from framework.run.fence import Fence
-from framework.run.ledger import Segment, clear_segments
 from framework.run.sharded_state import RanksFailed
-from framework.storage import Store
 from framework.train.engine.protocol import Engine
 from framework.train.engine.snapshot import Snapshot
-from framework.train.observers.report import Reporter
-from framework.train.rank.failures import SaveFailed, may_pass
+from framework.train.observers.observer import Kept, Saved
+from framework.train.rank.failures import SaveFailed, is_retryable
 
 MAX_FAILED_SAVES = 3  # in a row; chosen by hand
 
 
 @dataclass(frozen=True)
-class Saved:
-    """A checkpoint that was written, or was not: then `error` says why, on every rank alike."""
+class Retention:
+    """Which checkpoints stay, see `Checkpoints.retain`."""
 
-    step: int
-    write_s: float
-    segment: Segment
-    error: SaveFailed | None
+    keep_last: int
+    milestones_every: int = 0
 
 
 class Committer:
@@ -47,48 +43,37 @@ class Committer:
 
     def __init__(
         self,
-        run: Store,
         engine: Engine,
-        reporter: Reporter,
         fence: Fence,
+        retention: Retention,
         *,
-        rank: int,
+        dp_rank: int,
         dp_size: int,
-        keep: int,
-        milestone_every: int,
-        extra_files: Callable[[], dict[str, bytes]],
-        on_end: Callable[[Saved], None],
         beat: Callable[[], None],
     ) -> None:
-        """`extra_files`: what this rank writes into the run's folder with each checkpoint. `on_end`
-        is called in the caller's thread when a save has ended, one way or the other; `beat` while
-        that thread waits for one."""
-        self._run, self._checkpoints = run, Checkpoints(run.child("checkpoints"))
-        self._engine, self._reporter, self._fence = engine, reporter, fence
-        self._rank, self._dp_size = rank, dp_size
-        self._keep, self._milestone_every = keep, milestone_every
-        self._extra_files, self._on_end, self._beat = extra_files, on_end, beat
+        """Into the run that `fence` gives the right to; `beat` is called during waits."""
+        self._engine, self._fence, self._run = engine, fence, fence.run
+        self._checkpoints = Checkpoints(self._run.child("checkpoints"))
+        self._retention, self._beat = retention, beat
+        self._dp_rank, self._dp_size = dp_rank, dp_size
         self._thread = ThreadPoolExecutor(1, "commit")
         self._pending: Future[Saved] | None = None
         self._failed = 0
 
-    def save(self, step: int, meta: Callable[[], dict[str, Any]]) -> float:
-        """Begin the checkpoint of `step`; the seconds that training stood still for it.
+    def begin(self, steps_done: int, meta: Mapping[str, Any], kept: Sequence[Kept]) -> None:
+        """Copy the state after so many steps, and write it with `kept` from now on.
 
-        Waits for the one before it. Raises what made too many saves in a row fail, or will go on
-        doing so (a full disk, access denied).
+        `meta`: for the checkpoint's meta.json, beside what `kept` has for it. The save before this
+        one has been waited for.
         """
-        began = time.perf_counter()
-        self.wait()
-        segment = self._reporter.take_segment()
-        snapshot, meta_now = self._engine.snapshot(), meta()
-        self._pending = self._thread.submit(self._write, step, snapshot, segment, meta_now)
-        return time.perf_counter() - began
+        assert self._pending is None, "wait for the save under way"
+        snapshot = self._engine.snapshot()
+        self._pending = self._thread.submit(self._write, steps_done, snapshot, meta, kept)
 
-    def poll(self) -> None:
-        """Take note of a save that has ended; never waits."""
-        if self._pending is not None and self._pending.done():
-            self.wait()
+    def poll(self) -> Saved | None:
+        """The save that has ended meanwhile, if one has; never waits."""
+        is_over = self._pending is not None and self._pending.done()
+        return self.wait() if is_over else None
 
     def wait(self) -> Saved | None:
         """Wait for the save under way, if there is one."""
@@ -99,65 +84,61 @@ class Committer:
             self._beat()  # a slow store is no hang
             futures.wait([pending], timeout=1.0)
         saved = pending.result()
-        self._on_end(saved)
-        if saved.error is None:
-            self._failed = 0
-            return saved
-        self._failed += 1
-        self._reporter.give_back(saved.segment)
-        if not saved.error.passing or self._failed >= MAX_FAILED_SAVES:
-            raise saved.error
+        self._failed = self._failed + 1 if saved.error is not None else 0
         return saved
 
-    def finish(self, step: int, meta: Callable[[], dict[str, Any]]) -> None:
-        """Save `step` and see it committed; raises where it was not."""
-        self.save(step, meta)
-        saved = self.wait()
-        assert saved is not None
-        if saved.error is not None:
-            raise saved.error
+    def check(self, saved: Saved) -> None:
+        """Raise what made too many saves in a row fail, or will go on doing so (a full disk)."""
+        error = saved.error
+        if isinstance(error, SaveFailed):
+            if not error.is_retryable or self._failed >= MAX_FAILED_SAVES:
+                raise error
+        elif error is not None:
+            raise error
 
     def close(self) -> None:
         """Write nothing more; a save under way is left to itself."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _write(
-        self, step: int, snapshot: Snapshot, segment: Segment, meta: dict[str, Any]
+        self, steps_done: int, snapshot: Snapshot, meta: Mapping[str, Any], kept: Sequence[Kept]
     ) -> Saved:
         began = time.perf_counter()
-        folder = self._checkpoints.folder(step)
+        checkpoints, run = self._checkpoints, self._run
 
         def begin() -> None:
             self._fence.check()
-            self._checkpoints.begin(step)
-            clear_segments(self._run, step)
+            checkpoints.begin(steps_done)
+            for one in kept:
+                for folder in one.folders:
+                    run.delete_folder(folder)
 
         def state() -> None:
-            snapshot.write(folder, self._fence.attempt)
+            snapshot.write(checkpoints.folder(steps_done), self._fence.attempt)
 
-        def write() -> None:
-            segment.write(self._run, step, self._rank)
-            for name, data in self._extra_files().items():
-                self._run.write(name, data)
+        def files() -> None:
+            for one in kept:
+                for name, read in one.files.items():
+                    run.write(name, read())
 
         def commit() -> None:
             self._fence.check()
-            self._checkpoints.commit(step, meta)
-
-        def retain() -> None:
-            with contextlib.suppress(OSError):  # the next time is as good
-                self._checkpoints.retain(self._keep, self._milestone_every)
+            all_meta = dict(meta)
+            for one in kept:
+                all_meta |= one.meta
+            checkpoints.commit(steps_done, all_meta)
 
         # In turn, each after all ranks have ended the one before.
-        phases = ((begin, True), (state, False), (write, False), (commit, True))
+        phases = ((begin, True), (state, False), (files, False), (commit, True))
         error: SaveFailed | None = None
         for action, only_first in phases:
             if error is None:
-                error = self._together(action if self._rank == 0 or not only_first else None)
+                error = self._together(action if self._dp_rank == 0 or not only_first else None)
         snapshot.drop()
-        if error is None and self._rank == 0:
-            retain()
-        return Saved(step, time.perf_counter() - began, segment, error)
+        if error is None and self._dp_rank == 0:
+            with contextlib.suppress(OSError):  # the next time is as good
+                checkpoints.retain(self._retention.keep_last, self._retention.milestones_every)
+        return Saved(steps_done, time.perf_counter() - began, error)
 
     def _together(self, action: Callable[[], None] | None) -> SaveFailed | None:
         """Do it, and hear how the others fared: the first rank's trouble, on each rank."""
@@ -167,17 +148,17 @@ class Committer:
                 action()
         except Exception as error:
             traceback.print_exc()
-            mine = (self._words(error), may_pass(error))
+            mine = (self._words(error), is_retryable(error))
         found: list[Any] = [mine] * self._dp_size
         if self._dp_size > 1:
             distributed.all_gather_object(found, mine, group=self._engine.group)
         failed = [told for told in found if told is not None]
         if not failed:
             return None
-        return SaveFailed(failed[0][0], all(passing for _, passing in failed))
+        return SaveFailed(failed[0][0], all(retryable for _, retryable in failed))
 
     def _words(self, error: Exception) -> str:
         """The error, and on which rank; all ranks have heard already of what failed together."""
         if isinstance(error, RanksFailed):
             return str(error)
-        return f"rank {self._rank}: {type(error).__name__}: {error}"
+        return f"rank {self._dp_rank}: {type(error).__name__}: {error}"

@@ -1,4 +1,4 @@
-"""Which failures of a rank may pass by themselves, and when to stop trying.
+"""Which failures of a rank may pass by themselves, and how they are told.
 
 A machine dies, a connection breaks, a store is away: another attempt goes on from the last
 checkpoint. A bug, a wrong config, memory that is too small: another attempt would fail alike, so
@@ -30,19 +30,19 @@ _COLLECTIVE_WORDS = (
 class SaveFailed(RuntimeError):
     """A checkpoint could not be written, on some rank; all ranks raise it alike."""
 
-    def __init__(self, words: str, passing: bool) -> None:
+    def __init__(self, words: str, is_retryable: bool) -> None:
         super().__init__(words)
-        self.passing = passing
+        self.is_retryable = is_retryable
 
 
-def may_pass(error: BaseException) -> bool:
+def is_retryable(error: BaseException) -> bool:
     """Whether the same command may succeed when it is tried again."""
     if isinstance(error, ray.exceptions.RayTaskError) and isinstance(error.cause, BaseException):
-        return may_pass(error.cause)  # of a task that read data
+        return is_retryable(error.cause)  # of a task that read data
     if isinstance(error, RanksFailed):  # in a save or a load
-        return all(may_pass(raised) for raised in error.failures.values())
+        return all(is_retryable(raised) for raised in error.failures.values())
     if isinstance(error, SaveFailed):
-        return error.passing
+        return error.is_retryable
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return False
     if isinstance(error, OSError):

@@ -27,7 +27,7 @@ from framework.data.stream.collate import (
 )
 from framework.objectives.objective import Objective
 from framework.train.engine.protocol import Engine
-from framework.train.observers.memory import memory_limit_gib, memory_stats
+from framework.train.observers.meters.memory import memory_limit_gib, memory_stats
 
 # What torch, cuBLAS, cuDNN and NCCL say where it is not an OutOfMemoryError.
 _OUT_OF_MEMORY = (
@@ -71,7 +71,7 @@ class _BlankReader(ClipReader):
         raise AssertionError("nothing is read")
 
 
-def worst_packs(
+def largest_packs(
     recipe: Recipe,
     reader: ClipReader,
     max_clip_text: int | None = None,
@@ -101,7 +101,7 @@ def worst_packs(
     return packs
 
 
-def try_worst_packs(
+def try_packs(
     engine: Engine,
     objective: Objective,
     packs: Sequence[PackedBatch],
@@ -118,8 +118,8 @@ def try_worst_packs(
     for pack in packs:
         try:
             for _ in range(min(packs_per_step, 2)):
-                batch, draw = pack.to(device), objective.draw(pack, seed=0).to(device)
-                loss = objective.loss(engine.model, batch, draw).sum() / len(batch.tokens)
+                batch, draw = pack.to(device), objective.draw(pack, seed=0, step=0).to(device)
+                loss = objective.loss(engine.model, batch, draw).by_clip.sum() / len(batch.tokens)
                 engine.backward(loss)
                 del batch, draw, loss
             engine.step()
@@ -233,7 +233,7 @@ def _clip(recipe: Recipe, number: int, size: _Size, text_tokens: int) -> ClipPla
         size.view,
         text_tokens,
         clip_id=number,
-        key=f"worst-{number}",
+        key=f"largest-{number}",
         tokens=size.tokens,
         source_id=0,
         weight=1.0,

@@ -2,7 +2,8 @@
 
 import queue
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -24,8 +25,15 @@ class Prefetch(Generic[T]):
     that an exception leaves the block in any case.
     """
 
-    def __init__(self, items: Iterator[T], depth: int, deadline_s: float = 10.0) -> None:
+    def __init__(
+        self,
+        items: Iterator[T],
+        depth: int,
+        deadline_s: float = 10.0,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         self._items = items
+        self._clock, self._wait_s = clock, 0.0
         self._deadline_s = deadline_s
         self._queue: queue.Queue[T | _End] = queue.Queue(depth)
         self._closed = threading.Event()
@@ -49,11 +57,18 @@ class Prefetch(Generic[T]):
         if self._end is None:
             self._taken += 1
             self._ready += self._queue.qsize()
+            began = self._clock()
             item = self._queue.get()
+            self._wait_s += self._clock() - began
             if not isinstance(item, _End):
                 return item
             self._end = item  # whoever asks again gets the same answer
         raise self._end.error or StopIteration
+
+    def take_wait_s(self) -> float:
+        """Seconds that the consumer waited for items, since the last call."""
+        wait_s, self._wait_s = self._wait_s, 0.0
+        return wait_s
 
     def mean_ready(self) -> float:
         """How many items lay ready when one was asked for, on the average since the last call."""

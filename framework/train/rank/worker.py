@@ -9,7 +9,6 @@ import gc
 import traceback
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import ray
 import ray.train
@@ -20,24 +19,28 @@ from torch import nn
 from framework.data.plan.store import Plan
 from framework.data.stream.collate import ClipReader, VideoReader
 from framework.data.stream.stream import open_stream
+from framework.objectives.objective import Objective
 from framework.run.checkpoint import Checkpoints
 from framework.run.logs import RunLog
-from framework.storage import COMMAND, TRAINING, Store
+from framework.storage import COMMAND, TRAINING
 from framework.tracking.run_tracker import open_tracker
 from framework.tracking.tracker import NoTracker, Tracker
 from framework.train.engine.protocol import Engine
+from framework.train.job import Job
 from framework.train.preflight import check_workers, refusal, show_checks
-from framework.train.rank.failures import may_pass, words_of
+from framework.train.rank.failures import is_retryable, words_of
 from framework.train.rank.largest_packs import (
     codec_too_large,
+    largest_packs,
     longest_view,
     try_longest_view,
-    try_worst_packs,
-    worst_packs,
+    try_packs,
 )
+from framework.train.rank.prefetch import Prefetch
 from framework.train.rank.rank import Rank, WorkerArgs
-from framework.train.rank.session import Session
+from framework.train.rank.session import Session, read_left_out, step_inputs
 from framework.train.rank.watchdog import Watchdog
+from framework.train.rank.watchers import observers_of
 
 
 def work(args: WorkerArgs) -> None:
@@ -49,14 +52,14 @@ def work(args: WorkerArgs) -> None:
     try:
         rank = _set_up(args)
         log = rank.log
-        with Watchdog(args.train.hang_timeout_s, rank.report_hang) as watchdog:
+        with Watchdog(args.job.train.hang_timeout_s, rank.report_hang) as watchdog:
             tracker = _work(rank, watchdog)
         # The driver ends the MLflow run: evaluation still writes to it.
         tracker.flush(timeout_s=60 if tracker.problem is None else 5)
     except BaseException as error:
         traceback.print_exc()
-        if not may_pass(error):
-            ray.get(args.board.refuse.remote(words_of(error)))
+        if not is_retryable(error):
+            ray.get(args.mailbox.refuse.remote(words_of(error)))
         raise
     finally:
         if log is not None:
@@ -66,7 +69,7 @@ def work(args: WorkerArgs) -> None:
 
 def _work(rank: Rank, watchdog: Watchdog) -> Tracker:
     """Train; the tracker that rank 0 told of it."""
-    args = rank.args
+    args, job = rank.args, rank.job
     checks = check_workers(rank.store, args.shards_url, args.first_shard, rank.device)
     if rank.is_first:
         show_checks(checks, "workers", lambda text: rank.tell({"text": text}))
@@ -76,45 +79,50 @@ def _work(rank: Rank, watchdog: Watchdog) -> Tracker:
     rank = _patient(rank)
     tracker: Tracker = NoTracker()
     if rank.is_first:
-        tracker = open_tracker(args.tracking, rank.store, args.run_name, "rank-0")
+        tracker = open_tracker(job.tracking, rank.store, job.run.name, "rank-0")
 
-    reader, steps = args.assembly.reader(args.shards_url), args.train.steps
+    objective = job.assembly.build_objective()
+    reader = job.assembly.reader(args.shards_url)
     reader = replace(reader, shards=reader.shards.with_retry(TRAINING))
     engine: Engine | None = None
     again = True
     while again:
         watchdog.beat()
         latest = rank.latest_checkpoint()
+        left_out = frozenset(rank.from_rank_0(lambda: read_left_out(rank.store)))
         watchdog.beat()
         start = 0 if latest is None else latest.step
         with open_stream(
-            *(rank.plan, reader, args.stream, start, steps, rank.number, rank.dp_size),
+            *(rank.plan, reader, job.assembly.data.stream),
+            *(start, job.train.steps, rank.dp_rank, rank.dp_size),
             waiting=watchdog.beat,  # for the driver's plan is no hang
         ) as stream:  # the first steps are fetched and decoded while the engine is built
             if engine is None:
                 rank.tell({"stage": "building the engine"})
-                engine = _build_engine(rank, reader, watchdog, is_fresh=latest is None)
+                engine = _build_engine(rank, objective, reader, watchdog, is_fresh=latest is None)
             if latest is not None:
                 engine.load(latest.store)
             watchdog.beat()
             rank.tell({"stage": "training", "step": start, "resumed": latest is not None})
-            again = Session(rank, engine, watchdog, tracker, latest).run(stream)
+            steps = Prefetch(step_inputs(rank, objective, stream, start, left_out), depth=2)
+            observers = observers_of(rank, engine, tracker, steps, latest)
+            again = Session(rank, engine, objective, observers, watchdog, latest).run(steps)
     return tracker
 
 
 def _set_up(args: WorkerArgs) -> Rank:
     """Find this worker's place, and set torch and its log up."""
-    context = ray.train.get_context()
-    torch.set_num_threads(args.threads)
-    torch.use_deterministic_algorithms(args.train.deterministic, warn_only=True)
+    context, job = ray.train.get_context(), args.job
+    torch.set_num_threads(job.cluster.threads_per_worker)
+    torch.use_deterministic_algorithms(job.train.deterministic, warn_only=True)
     # A first start that cannot reach its store says so soon; a restart waits for it.
-    store = Store(args.run_url, TRAINING if args.restarts else COMMAND)
-    number = context.get_world_rank()
-    log = RunLog(store, f"rank-{number:05d}")
+    store = args.fence.run.with_retry(TRAINING if args.restarts else COMMAND)
+    dp_rank = context.get_world_rank()
+    log = RunLog(store, f"rank-{dp_rank:05d}")
     log.copy()
     return Rank(
         args=args,
-        number=number,
+        dp_rank=dp_rank,
         dp_size=context.get_world_size(),
         device=ray.train.torch.get_device(),
         store=store,
@@ -131,30 +139,28 @@ def _patient(rank: Rank) -> Rank:
     return replace(rank, store=store, plan=plan, checkpoints=checkpoints)
 
 
-def _build_engine(rank: Rank, reader: ClipReader, watchdog: Watchdog, is_fresh: bool) -> Engine:
-    """The engine at step 0; before that, one that is tried on the worst that the plan may bring."""
-    args = rank.args
+def _build_engine(
+    rank: Rank, objective: Objective, reader: ClipReader, watchdog: Watchdog, is_fresh: bool
+) -> Engine:
+    """The engine at step 0; before that, one that is tried on the largest packs of the plan."""
+    job, recipe = rank.job, rank.plan.recipe
 
     def build() -> Engine:
-        built: Engine = args.engine.build(
-            partial(_model, rank), args.optimizer, args.train.steps, rank.device
-        )
-        return built
+        return job.engine.build(partial(_model, job), job.optimizer, job.train.steps, rank.device)
 
-    if is_fresh and args.train.try_worst_packs:
+    if is_fresh and job.train.try_largest_packs:
         rank.tell({"stage": "trying the largest packs"})
         encoding = _encode_longest_view(rank, reader)
-        longest_text = getattr(args.assembly.text, "max_tokens", None)
-        packs = worst_packs(rank.plan.recipe, reader, longest_text, args.stream.static_shapes)
-        per_step = -(-rank.plan.recipe.global_batch_packs // rank.dp_size)
-        objective = args.assembly.build_objective()
-        try_worst_packs(build(), objective, packs, rank.device, packs_per_step=per_step)
+        stream = job.assembly.data.stream
+        packs = largest_packs(recipe, reader, job.assembly.text.max_tokens, stream.static_shapes)
+        per_step = -(-recipe.global_batch_packs // rank.dp_size)
+        try_packs(build(), objective, packs, rank.device, packs_per_step=per_step)
         try:
             while encoding and ray.wait(encoding, timeout=1.0)[1]:
                 watchdog.beat()  # a task may wait for its turn, and die by itself
             ray.get(encoding)
         except ray.exceptions.OutOfMemoryError as error:  # Ray ended the task to save the machine
-            raise codec_too_large(longest_view(rank.plan.recipe), error) from error
+            raise codec_too_large(longest_view(recipe), error) from error
         gc.collect()
         watchdog.beat()
         if rank.device.type == "cuda":
@@ -169,7 +175,7 @@ def _encode_longest_view(rank: Rank, reader: ClipReader) -> list[ray.ObjectRef[N
     return [ray.remote(max_retries=1)(try_longest_view).remote(rank.plan.recipe, reader)]
 
 
-def _model(rank: Rank) -> nn.Module:
-    model: Any = rank.args.assembly.build_model()
-    model.set_checkpointing(rank.args.train.activation_checkpointing)
+def _model(job: Job) -> nn.Module:
+    model = job.assembly.build_model()
+    model.set_checkpointing(job.train.activation_checkpointing)
     return model

@@ -3,6 +3,7 @@ import torch
 from torch import Tensor, nn
 
 from framework.batch import Clip, PackedBatch
+from framework.diffusion.denoiser import Denoiser
 from framework.evaluate.metrics.validation import validation_loss
 from framework.objectives.rectified_flow import RectifiedFlowConfig
 
@@ -43,7 +44,9 @@ def pack(
 
 
 def test_gaussian_data_has_the_analytic_loss_at_every_level():
-    losses = validation_loss(Zero(), OBJECTIVE, [pack({1: 9000}), pack({2: 9000})], (0.2, 0.8))
+    losses = validation_loss(
+        Denoiser(Zero(), OBJECTIVE), [pack({1: 9000}), pack({2: 9000})], (0.2, 0.8)
+    )
     for level in (0.2, 0.8):
         expected = (STD**2 / (level**2 + (1 - level) ** 2 * STD**2)).mean()
         # 18,000 tokens of 4 values: about 1 % standard error.
@@ -53,27 +56,31 @@ def test_gaussian_data_has_the_analytic_loss_at_every_level():
 
 def test_loss_does_not_depend_on_packing_and_repeats_exactly():
     clips = {5: 30, 6: 7, 7: 12}
-    together = validation_loss(Zero(), OBJECTIVE, [pack(clips)])
-    assert validation_loss(Zero(), OBJECTIVE, [pack(clips)]) == together
-    apart = validation_loss(Zero(), OBJECTIVE, [pack({i: n}, padding=0) for i, n in clips.items()])
+    together = validation_loss(Denoiser(Zero(), OBJECTIVE), [pack(clips)])
+    assert validation_loss(Denoiser(Zero(), OBJECTIVE), [pack(clips)]) == together
+    apart = validation_loss(
+        Denoiser(Zero(), OBJECTIVE), [pack({i: n}, padding=0) for i, n in clips.items()]
+    )
     assert apart == pytest.approx(together, rel=1e-5)  # float32 sums in another order
-    assert validation_loss(Zero(), OBJECTIVE, [pack(clips)], seed=1) != together
+    assert validation_loss(Denoiser(Zero(), OBJECTIVE), [pack(clips)], seed=1) != together
 
 
 def test_failed_clips_do_not_count():
-    some = validation_loss(Zero(), OBJECTIVE, [pack({5: 30, 6: 7}, weights=[1.0, 0.0])])
-    assert some == pytest.approx(validation_loss(Zero(), OBJECTIVE, [pack({5: 30})]), rel=1e-6)
+    some = validation_loss(Denoiser(Zero(), OBJECTIVE), [pack({5: 30, 6: 7}, weights=[1.0, 0.0])])
+    assert some == pytest.approx(
+        validation_loss(Denoiser(Zero(), OBJECTIVE), [pack({5: 30})]), rel=1e-6
+    )
 
 
 def test_the_model_is_read_in_eval_mode_and_left_in_its_own():
     model = Zero().train()
-    validation_loss(model, OBJECTIVE, iter([pack({1: 4})]), levels=(0.5,))
+    validation_loss(Denoiser(model, OBJECTIVE), iter([pack({1: 4})]), levels=(0.5,))
     assert model.modes == [False]
     assert model.training
 
 
 def test_nothing_to_evaluate_is_refused():
     with pytest.raises(ValueError, match="no loss-bearing token"):
-        validation_loss(Zero(), OBJECTIVE, [pack({1: 4}, weights=[0.0])])
+        validation_loss(Denoiser(Zero(), OBJECTIVE), [pack({1: 4}, weights=[0.0])])
     with pytest.raises(ValueError, match="levels"):
-        validation_loss(Zero(), OBJECTIVE, [pack({1: 4})], levels=())
+        validation_loss(Denoiser(Zero(), OBJECTIVE), [pack({1: 4})], levels=())

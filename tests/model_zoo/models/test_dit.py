@@ -4,9 +4,9 @@ import pytest
 import torch
 import yaml
 
-from model_zoo.layers import CheckpointPolicy
+from model_zoo.checkpointing import CheckpointPolicy
 from model_zoo.models.dit import DiTConfig
-from model_zoo.text.byte import ByteText
+from model_zoo.text.byte import ByteTextConfig
 
 # Rounded to 10^4; ids are bytes and tokens have 144 values (dit_xs), or embeddings of 4,096 values
 # and tokens of 64. Wan's own sizes are 1.42 G, 5.0 G and 14.29 G parameters.
@@ -32,7 +32,7 @@ def load(name: str, conf) -> DiTConfig:
 @pytest.mark.parametrize("name", SIZES)
 def test_parameter_counts(name, pytestconfig):
     config = load(name, pytestconfig.rootpath / "conf")
-    sizes = (144, ByteText.vocab_size, None) if name.endswith("_xs") else (64, None, 4096)
+    sizes = (144, ByteTextConfig.vocab_size, None) if name.endswith("_xs") else (64, None, 4096)
     with torch.device("meta"):
         model = config.build(*sizes)
     count = sum(parameter.numel() for parameter in model.parameters())

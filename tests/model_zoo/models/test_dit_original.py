@@ -8,7 +8,7 @@ from torch import Tensor
 
 from model_zoo.models.dit_original import OriginalDiTConfig
 from model_zoo.patchify import patchify, unpatchify
-from model_zoo.text.byte import ByteText
+from model_zoo.text.byte import ByteTextConfig
 from tests.conftest import relative_l2
 
 CHANNELS, CLASSES = 3, 7
@@ -170,7 +170,7 @@ def test_the_small_size(pytestconfig) -> None:
     options = yaml.safe_load(path.read_text())
     assert options.pop("defaults") == ["dit_original"]
     with torch.device("meta"):
-        model = OriginalDiTConfig(**options).build(144, ByteText.vocab_size, None)
+        model = OriginalDiTConfig(**options).build(144, ByteTextConfig.vocab_size, None)
     assert _count(model) == pytest.approx(2.34e6, abs=5e3)
 
 

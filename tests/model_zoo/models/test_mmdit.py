@@ -8,7 +8,7 @@ from torch import nn
 from framework.config import compose
 from model_zoo.layers import Modulation
 from model_zoo.models.mmdit import MMDiTConfig
-from model_zoo.text.byte import ByteText
+from model_zoo.text.byte import ByteTextConfig
 
 # Rounded to 10^4; ids are bytes and tokens have 144 values (mmdit_xs), or embeddings of 4,096
 # values and tokens of 64.
@@ -30,7 +30,7 @@ def num_parameters(model: nn.Module) -> int:
 
 @pytest.mark.parametrize("name", SIZES)
 def test_parameter_counts(name):
-    sizes = (144, ByteText.vocab_size, None) if name == "mmdit_xs" else (64, None, 4096)
+    sizes = (144, ByteTextConfig.vocab_size, None) if name == "mmdit_xs" else (64, None, 4096)
     with torch.device("meta"):
         model = load(name).build(*sizes)
     assert num_parameters(model) == pytest.approx(SIZES[name], abs=5e3)

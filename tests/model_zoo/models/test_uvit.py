@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from model_zoo.layers import sinusoidal_embedding
 from model_zoo.models.uvit import UViT, UViTConfig
 from model_zoo.sincos import pack_sincos
-from model_zoo.text.byte import ByteText
+from model_zoo.text.byte import ByteTextConfig
 from tests.conftest import relative_l2
 
 P, TEXT_DIM = 6, 10
@@ -121,7 +121,7 @@ def test_the_small_size(pytestconfig) -> None:
     options = yaml.safe_load((pytestconfig.rootpath / "conf/model/uvit_xs.yaml").read_text())
     assert options.pop("defaults") == ["uvit"]
     with torch.device("meta"):
-        model = UViTConfig(**options).build(144, ByteText.vocab_size, None)
+        model = UViTConfig(**options).build(144, ByteTextConfig.vocab_size, None)
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(1.96e6, abs=5e3)
 
 

@@ -3,8 +3,8 @@
 import pytest
 
 from framework.config import compose
-from framework.train.__main__ import job_of
 from framework.train.driver.estimate import Estimate, estimate
+from framework.train.job import Job
 
 BIG = [
     "experiment=footage",
@@ -23,7 +23,7 @@ BIG = [
 
 def of(*overrides: str) -> Estimate:
     config = compose([*BIG, *overrides])
-    return estimate(job_of(config), config.hardware)
+    return estimate(Job.of(config), config.hardware)
 
 
 def test_time_and_money_follow_from_flops() -> None:
@@ -45,8 +45,8 @@ def test_what_does_not_fit_says_what_would() -> None:
     assert plain.cures
     for cure in plain.cures:
         config = compose([*BIG, *cure.split()])
-        job_of(config).check()  # what it says is a run as it stands
-        cured = estimate(job_of(config), config.hardware)
+        Job.of(config).check()  # what it says is a run as it stands
+        cured = estimate(Job.of(config), config.hardware)
         assert cured.fits, cure
         assert not cured.cures
     hopeless = of("hardware.memory_gib=7")
@@ -74,7 +74,7 @@ def test_of_any_model_it_knows_what_the_states_take() -> None:
 
 def test_the_mixture_is_the_manifests(small_data: list[str], small_line: list[str]) -> None:
     config = compose([*small_line, *small_data])
-    found = estimate(job_of(config), config.hardware)
+    found = estimate(Job.of(config), config.hardware)
     assert "tokens on the average, as in" in found.mixture
     assert found.fits
 

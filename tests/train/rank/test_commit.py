@@ -1,33 +1,26 @@
 """Saves beside training: what is committed, what a failed save leaves behind, who may commit."""
 
-import json
-import math
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from framework.batch import ReadStats
 from framework.run.checkpoint import Checkpoints
 from framework.run.fence import begin_attempt
 from framework.run.ledger import read_ledger
 from framework.storage import Store
-from framework.tracking.gauges import Gauges
-from framework.tracking.tracker import NoTracker
-from framework.train.config import TrainConfig
 from framework.train.engine.optimizer import AdamWConfig
 from framework.train.engine.plain import PlainConfig
-from framework.train.engine.protocol import StepStats
-from framework.train.observers import report
-from framework.train.observers.report import Reporter, Window
-from framework.train.rank.commit import Committer, Saved
+from framework.train.observers.ledger import LedgerKeeper
+from framework.train.observers.observer import Kept, Saved
+from framework.train.rank.commit import Committer, Retention
 from framework.train.rank.failures import SaveFailed
+from tests.train.steps import step_output
 
 
 class Line:
-    """One rank without a process group: a real engine, reporter and store."""
+    """One rank without a process group: a real engine, ledger and store."""
 
     def __init__(self, run: Store) -> None:
         self.run, self.ended = run, list[Saved]()
@@ -35,47 +28,40 @@ class Line:
         self.engine = PlainConfig().build(
             lambda: nn.Linear(3, 2), AdamWConfig(), 100, torch.device("cpu")
         )
-        self.reporter = Reporter(
-            NoTracker(),
-            Gauges("test", 0),
-            lambda line: None,
-            lambda: Window({}, 0.0, 0.01, {}, torch.zeros(2, 1)),
-            lambda sums: {},
-            dict,
-            rank=0,
-            dp_size=1,
-            train=TrainConfig(),
-        )
-        self.fence = begin_attempt(run, 1)
+        self.ledger = LedgerKeeper(run, dp_rank=0, attempt=1)
         self.committer = Committer(
-            run,
             self.engine,
-            self.reporter,
-            self.fence,
-            rank=0,
+            begin_attempt(run, 1),
+            Retention(keep_last=2),
+            dp_rank=0,
             dp_size=1,
-            keep=2,
-            milestone_every=0,
-            extra_files=dict,
-            on_end=self.ended.append,
             beat=lambda: None,
         )
 
     def train(self, steps: range) -> None:
-        for number in steps:
-            loss = self.engine.model(torch.full((3,), float(number))).square().sum()
+        for step in steps:
+            loss = self.engine.model(torch.full((3,), float(step))).square().sum()
             self.engine.backward(loss)
-            stats = self.engine.step()
-            self.reporter._pending.append(step_of(number, stats))
+            self.engine.step()
+            self.ledger.step(step_output(step))
 
-    def meta(self) -> dict[str, Any]:
-        return {"plan_digest": "x"}
+    def save(self, steps_done: int) -> None:
+        kept = [self.ledger.commit(steps_done), Kept(meta={"guard": {"skipped": 0}})]
+        self.committer.begin(steps_done, {"plan_digest": "x"}, kept)
 
+    def finish(self, steps_done: int) -> None:
+        """As a session does it."""
+        self.save(steps_done)
+        saved = self.committer.wait()
+        assert saved is not None
+        self.ended.append(saved)
+        self.ledger.committed(saved)
+        self.committer.check(saved)
+        if saved.error is not None:
+            raise saved.error
 
-def step_of(number: int, stats: StepStats) -> report._Step:
-    return report._Step(
-        number, 0, 8, 8, float(number), stats, "", 1.0, [number], [], 0, ReadStats()
-    )
+    def clips(self) -> dict[int, list[int]]:
+        return {step: row["clips"] for step, row in read_ledger(self.run).items()}
 
 
 @pytest.fixture
@@ -86,14 +72,16 @@ def line(tmp_path: Path) -> Line:
 def test_training_goes_on_and_what_was_saved_is_what_was(line: Line) -> None:
     line.train(range(3))
     then = line.engine.full_state()
-    line.committer.save(3, line.meta)
+    line.save(3)
     line.train(range(3, 6))
-    line.committer.wait()
-    (saved,) = line.ended
-    assert (saved.step, saved.error) == (3, None)
+    saved = line.committer.wait()
+    assert saved is not None
+    assert (saved.steps_done, saved.error) == (3, None)
+    assert line.committer.wait() is None
     latest = Checkpoints(line.run.child("checkpoints")).latest((0, 1))
     assert latest is not None
     assert latest.step == 3
+    assert (latest.meta["plan_digest"], latest.meta["guard"]) == ("x", {"skipped": 0})
     line.engine.load(latest.store)
     for name, tensor in line.engine.full_state().items():
         assert torch.equal(tensor, then[name]), name
@@ -102,45 +90,43 @@ def test_training_goes_on_and_what_was_saved_is_what_was(line: Line) -> None:
 
 def test_a_failed_save_costs_the_checkpoint_and_nothing_else(line: Line, tmp_path: Path) -> None:
     line.train(range(2))
-    line.committer.finish(2, line.meta)
+    line.finish(2)
     line.train(range(2, 4))
     blocked = tmp_path / "checkpoints" / "step-00000004"
     blocked.write_text("a file where a folder is to be")
-    line.committer.save(4, line.meta)
     with pytest.raises(SaveFailed, match="rank 0: "):
-        line.committer.wait()  # it will not pass by itself
+        line.finish(4)  # it will not pass by itself
     blocked.unlink(missing_ok=True)
     line.train(range(4, 6))
-    line.committer.finish(6, line.meta)
-    ledger = read_ledger(line.run)
-    assert {step: row["clips"] for step, row in ledger.items()} == {s: [s] for s in range(6)}
+    line.finish(6)
+    assert [saved.error is None for saved in line.ended] == [True, False, True]
+    assert line.clips() == {s: [s] for s in range(6)}
 
 
 def test_a_segment_without_a_checkpoint_is_told_again_once(line: Line) -> None:
     line.train(range(2))
-    line.committer.finish(2, line.meta)
+    line.finish(2)
     line.train(range(2, 4))
-    line.reporter.take_segment().write(line.run, 4, 0)  # killed before the marker
-    line.train(range(2, 6))
-    line.committer.finish(6, line.meta)
-    ledger = read_ledger(line.run)
-    assert {step: row["clips"] for step, row in ledger.items()} == {s: [s] for s in range(6)}
+    for name, read in line.ledger.commit(4).files.items():
+        line.run.write(name, read())  # killed before the marker
+    killed = Line(line.run)
+    killed.train(range(2, 6))
+    killed.finish(6)
+    assert line.clips() == {s: [s] for s in range(6)}
+
+
+def test_what_an_earlier_attempt_of_more_ranks_wrote_is_gone(line: Line) -> None:
+    line.run.write("ledger/step-00000002/rank-00007.jsonl", b'{"step": 0, "clips": [99]}\n')
+    line.run.write("quarantine/step-00000002/rank-00007.json", b"[]")
+    line.train(range(2))
+    line.finish(2)
+    assert line.run.list("ledger") == ["ledger/step-00000002/rank-00000.jsonl"]
+    assert line.run.list("quarantine") == []
 
 
 def test_a_superseded_attempt_commits_nothing(line: Line) -> None:
     line.train(range(2))
     begin_attempt(line.run, 1)
     with pytest.raises(SaveFailed, match="was superseded by attempt 2"):
-        line.committer.finish(2, line.meta)
+        line.finish(2)
     assert Checkpoints(line.run.child("checkpoints")).committed_steps() == []
-
-
-def test_a_loss_that_is_no_number_is_null_in_the_ledger(line: Line) -> None:
-    stats = StepStats(math.inf, 0.1)
-    step = step_of(0, stats)
-    row = report._Step(
-        *[*vars(step).values()][:4], math.nan, stats, "not finite", *[*vars(step).values()][7:]
-    ).row()
-    assert json.loads(json.dumps(row)) == {
-        "step": 0, "clips": [0], "loss": None, "skipped": "not finite"
-    }  # fmt: skip

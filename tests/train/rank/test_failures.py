@@ -12,7 +12,7 @@ from framework.run.fence import Superseded, begin_attempt, read_attempt
 from framework.run.sharded_state import RanksFailed
 from framework.storage import Store
 from framework.train.driver.attempts import Patience
-from framework.train.rank.failures import SaveFailed, may_pass, words_of
+from framework.train.rank.failures import SaveFailed, is_retryable, words_of
 from framework.train.rank.guard import Diverged
 
 PASSING = [
@@ -23,7 +23,7 @@ PASSING = [
     ray.exceptions.ObjectLostError("aa", None, ""),
     OSError("AWS Error NETWORK_CONNECTION during HeadObject operation"),
     TimeoutError("no answer"),
-    SaveFailed("rank 0: OSError: SLOW_DOWN", passing=True),
+    SaveFailed("rank 0: OSError: SLOW_DOWN", is_retryable=True),
     RanksFailed({1: OSError("SLOW_DOWN")}),
 ]
 FINAL = [
@@ -37,26 +37,26 @@ FINAL = [
     PermissionError("access denied"),
     Diverged("nan"),
     Superseded("by attempt 3"),
-    SaveFailed("rank 0: OSError: [Errno 28] No space left on device", passing=False),
+    SaveFailed("rank 0: OSError: [Errno 28] No space left on device", is_retryable=False),
     RanksFailed({1: OSError(errno.ENOSPC, "No space left")}),
 ]
 
 
 @pytest.mark.parametrize("error", PASSING, ids=str)
-def test_what_may_pass_is_tried_again(error) -> None:
-    assert may_pass(error)
+def test_what_is_retryable_is_tried_again(error) -> None:
+    assert is_retryable(error)
 
 
 @pytest.mark.parametrize("error", FINAL, ids=str)
 def test_what_will_not_is_final(error) -> None:
-    assert not may_pass(error)
+    assert not is_retryable(error)
 
 
 def test_the_cause_of_a_task_that_failed_decides() -> None:
     cause = ValueError("a bug in a codec")
     error = ray.exceptions.RayTaskError("map", "Traceback …", cause)
-    assert not may_pass(error)
-    assert not may_pass(pickle.loads(pickle.dumps(error)))
+    assert not is_retryable(error)
+    assert not is_retryable(pickle.loads(pickle.dumps(error)))
 
 
 def test_the_words_name_the_place() -> None:

@@ -22,9 +22,9 @@ from framework.train.engine.optimizer import AdamWConfig
 from framework.train.engine.plain import PlainConfig
 from framework.train.rank.largest_packs import (
     describe,
+    largest_packs,
     try_longest_view,
-    try_worst_packs,
-    worst_packs,
+    try_packs,
 )
 
 CPU = torch.device("cpu")
@@ -81,7 +81,7 @@ def texts(pack: PackedBatch) -> list[int]:
 
 @pytest.mark.parametrize("static_shapes", [True, False])
 def test_they_are_at_the_limits(tmp_path: Path, static_shapes: bool) -> None:
-    long, many = worst_packs(RECIPE, reader(tmp_path), 20, static_shapes)
+    long, many = largest_packs(RECIPE, reader(tmp_path), 20, static_shapes)
     # Of 8, 16, 20, 32, 36, 40, 72, 80 and 144 tokens; the longest first, then what still fits.
     assert lengths(long) == [144, 40, 16]
     assert texts(long) == [20, 20, 20]
@@ -99,7 +99,7 @@ def test_they_look_like_real_packs(tmp_path: Path, static_shapes: bool) -> None:
     pack = PackPlan((REAL_CLIP, replace(REAL_CLIP, clip_id=8)), 0)
     excluded = replace(embedded, exclude=frozenset({7, 8}))  # a hole has the shapes of a clip
     real = assemble(pack, excluded, RECIPE, static_shapes)
-    for worst in worst_packs(RECIPE, embedded, None, static_shapes):
+    for worst in largest_packs(RECIPE, embedded, None, static_shapes):
         for field in fields(real):
             ours, theirs = getattr(worst, field.name), getattr(real, field.name)
             assert type(ours) is type(theirs)
@@ -112,7 +112,7 @@ def test_they_look_like_real_packs(tmp_path: Path, static_shapes: bool) -> None:
 @pytest.mark.parametrize("policy", ["mixed", "bucketed"])
 def test_no_pack_of_the_planner_is_worse(tmp_path: Path, policy: str) -> None:
     recipe = replace(RECIPE, policy=policy)
-    long, many = worst_packs(recipe, reader(tmp_path), 20)
+    long, many = largest_packs(recipe, reader(tmp_path), 20)
     generator = np.random.default_rng(0)
     sizes = np.array([8, 16, 20, 32, 36, 40, 72, 80, 144])
     tokens = generator.choice(sizes, 3000).tolist()
@@ -130,7 +130,7 @@ def test_no_pack_of_the_planner_is_worse(tmp_path: Path, policy: str) -> None:
 
 def test_masked_training_admits_longer_clips_and_more_of_them(tmp_path: Path) -> None:
     recipe = replace(RECIPE, max_tokens=80, keep=((0, 0.5), (3, 1.0)))
-    long, many = worst_packs(recipe, reader(tmp_path), 5)
+    long, many = largest_packs(recipe, reader(tmp_path), 5)
     assert max(lengths(long)) == 80  # the whole of a clip beats half of 144
     assert len(lengths(many)) == 12  # at four tokens each, where ten whole ones would fit
     assert many.grid[:12].prod(dim=1).max() > max(lengths(many))
@@ -143,11 +143,11 @@ def assembly() -> Assembly:
 def test_a_real_line_takes_them_and_its_longest_view(tmp_path: Path) -> None:
     line = assembly()
     recipe, videos = line.recipe(), line.reader(str(tmp_path))
-    packs = worst_packs(recipe, videos, line.build_text().max_tokens)
+    packs = largest_packs(recipe, videos, line.text.max_tokens)
     assert all(len(pack.tokens) == recipe.max_tokens for pack in packs)
     engine = PlainConfig().build(line.build_model, AdamWConfig(), 10, CPU)
     before = {name: p.detach().clone() for name, p in engine.params.items()}
-    try_worst_packs(engine, line.build_objective(), packs, CPU, packs_per_step=4)
+    try_packs(engine, line.build_objective(), packs, CPU, packs_per_step=4)
     assert engine.progress.steps == engine.progress.updates == len(packs)
     assert any(not torch.equal(before[name], p) for name, p in engine.params.items())
     assert isinstance(videos, VideoReader)
@@ -163,7 +163,7 @@ def test_latents_give_the_empty_caption_of_their_own(tmp_path: Path) -> None:
         decode=lambda latents, num_frames: latents.numpy(),
         null_text=np.arange(6, dtype=np.float32).reshape(3, 2),
     )
-    pack = worst_packs(RECIPE, latents, 20)[0]
+    pack = largest_packs(RECIPE, latents, 20)[0]
     assert pack.text[:6].tolist() == [[0, 1], [2, 3], [4, 5]] * 2
 
 
@@ -185,10 +185,10 @@ class Broken(Greedy):
 
 def test_memory_that_runs_out_is_named_with_its_cures(tmp_path: Path) -> None:
     objective = assembly().objective.build(torch.ones(4))
-    packs = worst_packs(RECIPE, reader(tmp_path), 20)
+    packs = largest_packs(RECIPE, reader(tmp_path), 20)
     engine = PlainConfig().build(Greedy, AdamWConfig(), 10, CPU)
     with pytest.raises(ValueError, match=r"3 clip.*144 video.*200 video and 60 text.*GiB") as error:
-        try_worst_packs(engine, objective, packs, CPU)
+        try_packs(engine, objective, packs, CPU)
     for cure in ("data.max_tokens", "mode=full", "engine.offload", "cluster.num_workers"):
         assert cure in str(error.value)
     assert describe(packs[0]) in str(error.value)
@@ -196,10 +196,10 @@ def test_memory_that_runs_out_is_named_with_its_cures(tmp_path: Path) -> None:
 
 def test_another_error_stays_what_it_is(tmp_path: Path) -> None:
     objective = assembly().objective.build(torch.ones(4))
-    packs = worst_packs(RECIPE, reader(tmp_path), 20)
+    packs = largest_packs(RECIPE, reader(tmp_path), 20)
     engine = PlainConfig().build(Broken, AdamWConfig(), 10, CPU)
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
-        try_worst_packs(engine, objective, packs, CPU)
+        try_packs(engine, objective, packs, CPU)
 
 
 def test_a_codec_without_memory_is_named(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Iterator
+from itertools import count
 
 import pytest
 
@@ -33,6 +34,29 @@ def test_how_many_lay_ready_is_the_mean_since_it_was_asked() -> None:
         mean = ready.mean_ready()
         assert 2.5 <= mean <= 3.5  # 4, 3, 2, 1, and the end of it where that came in time
         assert ready.mean_ready() == 0
+
+
+def test_waiting_is_counted_until_it_is_asked() -> None:
+    asked, now, readings = threading.Semaphore(0), [100.0], count()
+
+    def items() -> Iterator[int]:
+        for number, wait_s in enumerate((1.0, 3.0)):
+            assert asked.acquire(timeout=60)
+            now[0] += wait_s
+            yield number
+
+    def clock() -> float:
+        reading = now[0]
+        if next(readings) % 2 == 0:  # the consumer begins to wait
+            asked.release()
+        return reading
+
+    with Prefetch(items(), depth=1, clock=clock) as steps:
+        assert next(steps) == 0
+        first = steps.take_wait_s()
+        assert next(steps) == 1
+    assert (first, steps.take_wait_s()) == (1.0, 3.0)
+    assert steps.take_wait_s() == 0.0
 
 
 def test_an_error_comes_after_the_items_before_it() -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from framework.train.observers.probe import probe, slow_ranks
+from framework.train.observers.meters.probe import probe, slow_ranks
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import torch
 
-from framework.train.observers.memory import GIB, memory_limit_gib, memory_stats
+from framework.train.observers.meters.memory import GIB, memory_limit_gib, memory_stats
 
 CPU = torch.device("cpu")
 

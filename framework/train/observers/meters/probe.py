@@ -6,11 +6,17 @@ a neighbour. It does not see what a matrix product does not need: storage, decod
 slow link between GPUs; nor a rank that was slow between two probes and is not now.
 """
 
+import platform
 import statistics
 import time
 from collections.abc import Sequence
 
 import torch
+
+from framework.terminal import Show
+from framework.train.observers.meters.meter import Meter
+
+SLOW_WINDOWS = 5  # after so many in a row a rank is named; chosen by hand
 
 # Width of the matrices, products in a round, their dtype; chosen by hand. A round takes 13 ms on
 # a CPU core of 90 GFLOP/s, longer than the kernel lets one process run where several share a core,
@@ -18,6 +24,34 @@ import torch
 _CPU = (512, 4, torch.float32)
 _GPU = (2048, 20, torch.bfloat16)
 _ROUNDS = 3
+
+
+class SlowRanks(Meter[tuple[float, str]]):
+    """Probes every rank at each window's end, and names one that is slow again and again."""
+
+    def __init__(self, device: torch.device, show: Show) -> None:
+        self._device, self._show = device, show
+        self._slow_for: dict[int, int] = {}  # windows in a row, by rank
+
+    def measure(self) -> tuple[float, str]:
+        """Seconds of this rank's probe, and its host."""
+        return probe(self._device), platform.node()
+
+    def figures(self, by_rank: Sequence[tuple[float, str]]) -> dict[str, float]:
+        """The slowest rank's seconds over the median."""
+        seconds = [of_rank for of_rank, _ in by_rank]
+        median = max(statistics.median_low(seconds), 1e-9)
+        slow = slow_ranks(seconds)
+        # A neighbour may pass: once, when it has been slow for some windows in a row.
+        self._slow_for = {rank: self._slow_for.get(rank, 0) + 1 for rank in slow}
+        for rank in (r for r, windows in self._slow_for.items() if windows == SLOW_WINDOWS):
+            self._show(
+                {
+                    "text": f"rank {rank} on {by_rank[rank][1]} is slow: the same matrix products "
+                    f"take it {seconds[rank] / median:.1f} times as long as the median rank"
+                }
+            )
+        return {"speed/slowest_rank": max(seconds) / median}
 
 
 def probe(device: torch.device) -> float:

@@ -1,4 +1,4 @@
-"""How much memory a rank takes, and how much there is.
+"""How much memory a rank takes, and how much there is; the most of any rank is logged.
 
 On a GPU: what torch has allocated there. On a CPU: the process's resident set, so what the stream
 and Ray keep in this process counts too.
@@ -7,11 +7,29 @@ and Ray keep in this process counts too.
 import os
 import resource
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from framework.train.observers.meters.meter import Meter
+
 GIB = float(1 << 30)
+
+
+class Memory(Meter[dict[str, float]]):
+    """`memory_stats` of the rank that has most."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def measure(self) -> dict[str, float]:
+        """Of this rank."""
+        return memory_stats(self._device)
+
+    def figures(self, by_rank: Sequence[dict[str, float]]) -> dict[str, float]:
+        """The most of any rank."""
+        return {name: max(of_rank[name] for of_rank in by_rank) for name in by_rank[0]}
 
 
 def memory_stats(device: torch.device) -> dict[str, float]:

@@ -4,10 +4,7 @@ It is told of every step and knows nothing of the loop; the clock is passed in. 
 one window: the steps since `window()` was last called.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import TypeVar
-
-T = TypeVar("T")
+from collections.abc import Callable
 
 
 class Throughput:
@@ -25,19 +22,7 @@ class Throughput:
 
     def _reset(self) -> None:
         self._steps = self._tokens = 0
-        self._flops = self._seconds = self._wait_s = 0.0
-
-    def waits(self, steps: Iterable[T]) -> Iterator[T]:
-        """The same items; the time that each takes to come is time spent waiting for data."""
-        items = iter(steps)
-        while True:
-            began = self._clock()
-            try:
-                item = next(items)
-            except StopIteration:
-                return
-            self._wait_s += self._clock() - began
-            yield item
+        self._flops = self._seconds = 0.0
 
     def step(self, tokens: int, flops: float = 0.0) -> None:
         """End a step of so many video tokens and model FLOPs, both over all devices."""
@@ -52,8 +37,10 @@ class Throughput:
         """Leave out the time since the last step, which went into something else."""
         self._mark = self._clock()
 
-    def window(self) -> dict[str, float]:
+    def window(self, wait_s: float = 0.0) -> dict[str, float]:
         """The figures of the steps since the last call, named as metrics; empty without a step.
+
+        `wait_s`: of their seconds, those spent waiting for data.
 
         speed/tokens_per_s = tokens / seconds, speed/step_s = seconds / steps and data/wait_share =
         seconds waiting for data / seconds. speed/mfu, where both are known, = FLOPs / (seconds x
@@ -66,7 +53,7 @@ class Throughput:
         figures = {
             "speed/tokens_per_s": self._tokens / self._seconds,
             "speed/step_s": self._seconds / self._steps,
-            "data/wait_share": self._wait_s / self._seconds,
+            "data/wait_share": wait_s / self._seconds,
         }
         if self._peak_flops and self._flops:
             figures["speed/mfu"] = self._flops / (self._seconds * self._peak_flops)
