@@ -66,7 +66,7 @@ def planner(folder: Path, **changes: object) -> RunPlanner:
         "num_text_tokens": lambda caption: len(caption) + 1,
         "text_fingerprint": "bytes",
     }
-    return RunPlanner(**parts | changes)  # type: ignore[arg-type]
+    return RunPlanner(**parts | changes)
 
 
 def keys(plan: Plan, epoch: int = 0) -> list[str]:
@@ -129,6 +129,6 @@ def test_what_the_manifest_lacks_is_found_before_planning(tmp_path: Path) -> Non
         ({"sources": {"wep": 1.0}}, "sources names 'wep'; the manifest has web"),
         ({"where": "hieght > 1"}, "no column 'hieght'"),
     ):
-        recipe = replace(RECIPE, **changes)  # type: ignore[arg-type]
+        recipe = replace(RECIPE, **changes)
         with pytest.raises(ValueError, match=message):
             planner(tmp_path / "manifest", recipe=recipe).check()

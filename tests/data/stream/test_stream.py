@@ -106,15 +106,15 @@ def test_the_number_of_ranks_may_change_at_any_step(
     plan = wide.make_plan(run, per_epoch + 1, lambda _: None)
     seen: dict[int, list[int]] = {0: [], 1: []}
     size = 1
-    for number in range(2 * per_epoch):
+    for step in range(2 * per_epoch):
         if data.draw(st.booleans()):  # stopped here, and resumed on so many
             size = data.draw(st.sampled_from([1, 2, 3, 4, 8]))
-        epoch, step = plan.locate(number)
-        packs = [pack for rank in range(size) for pack in plan.packs(epoch, step, rank, size)]
-        assert len({len(plan.packs(epoch, step, rank, size)) for rank in range(size)}) == 1
+        place = plan.locate(step)
+        packs = [pack for rank in range(size) for pack in plan.packs(*place, rank, size)]
+        assert len({len(plan.packs(*place, rank, size)) for rank in range(size)}) == 1
         real = sorted((pack for pack in packs if not pack.dummy), key=lambda pack: pack.index)
-        assert real == [pack for pack in plan.packs(epoch, step, 0, 1) if not pack.dummy]
-        seen[epoch] += [clip.clip_id for pack in real for clip in pack.clips if not clip.dummy]
+        assert real == [pack for pack in plan.packs(*place, 0, 1) if not pack.dummy]
+        seen[place[0]] += [clip.clip_id for pack in real for clip in pack.clips if not clip.dummy]
     for epoch, clips in seen.items():
         assert len(clips) == len(set(clips)) == plan.summary(epoch).clips
 
