@@ -94,8 +94,10 @@ class Line:
 
     def steps(self) -> list[StepInput]:
         """This rank's share of the plan's first steps, with their random draws."""
-        plan = self.assembly.make_plan(self._store, self.num_steps, lambda text: None)
-        reader = self.assembly.reader(self.assembly.pinned_manifest(self._store).shards_url)
+        plan = self.assembly.planner().make(self._store, self.num_steps, lambda text: None)
+        reader = self.assembly.reader(
+            self.assembly.planner().pinned_manifest(self._store).shards_url
+        )
         made = []
         for number in range(self.num_steps):
             epoch, epoch_step = plan.locate(number)

@@ -50,9 +50,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         assembly, shards = line(folder)
         run = Store(folder).child("run")
-        per_epoch = assembly.make_plan(run, 1, print).num_steps(0)
+        per_epoch = assembly.planner().make(run, 1, print).num_steps(0)
         deep = 3 * per_epoch + per_epoch // 2
-        plan = assembly.make_plan(run, deep + 9, lambda text: None)
+        plan = assembly.planner().make(run, deep + 9, lambda text: None)
         connect(ClusterConfig(num_cpus=3))
         seconds_to_first_batch(plan, assembly, shards, 0)  # starts the workers
         found: dict[int, list[float]] = {0: [], deep: []}

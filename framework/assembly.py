@@ -5,7 +5,6 @@ reader's tokens from codec and patchify, the objective's scale from the codec's 
 """
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
@@ -16,9 +15,8 @@ from framework.data.config import DataConfig
 from framework.data.encode.latents import load_text
 from framework.data.manifest.table import Manifest, read_clip_ids, read_manifest
 from framework.data.plan.cost import CostModel
-from framework.data.plan.planner import check_choice, make_epoch
 from framework.data.plan.recipe import Recipe
-from framework.data.plan.store import Plan
+from framework.data.plan.run_planner import RunPlanner
 from framework.data.plan.views import Geometry
 from framework.data.stream.collate import ClipReader, LatentReader, VideoReader
 from framework.diffusion.denoiser import Denoiser
@@ -123,8 +121,13 @@ class Assembly:
     def check_data(self) -> None:
         """ValueError where there is no manifest, or it lacks what the recipe asks for, or where
         the list of clips to take out cannot be read."""
-        check_choice(self._open_manifest(), self.recipe())
+        self.planner().check()
         self._excluded()
+
+    def planner(self) -> RunPlanner:
+        """What makes the plans of this line's runs."""
+        text = self.text
+        return RunPlanner(self.open_manifest, self.recipe(), text.num_tokens, text.fingerprint)
 
     def work(self) -> Work:
         """What a forward pass of the model takes."""
@@ -135,16 +138,7 @@ class Assembly:
         with torch.device("meta"):
             return sum(parameter.numel() for parameter in self.build_model().parameters())
 
-    def pinned_manifest(self, run: Store) -> Manifest:
-        """The snapshot that the run at `run` began with: data that grew is for other runs."""
-        pin = "manifest.json"
-        if run.exists(pin):
-            return self._open_manifest(json.loads(run.read(pin))["fingerprint"])
-        manifest = self._open_manifest()
-        run.write(pin, json.dumps({"fingerprint": manifest.fingerprint}).encode())
-        return manifest
-
-    def _open_manifest(self, fingerprint: str | None = None) -> Manifest:
+    def open_manifest(self, fingerprint: str | None = None) -> Manifest:
         """Of what training reads: videos, or latents. ValueError where they are of another line."""
         url = self.data.latents or self.data.manifest
         manifest = read_manifest(url, fingerprint)
@@ -163,19 +157,6 @@ class Assembly:
     def on_videos(self) -> "Assembly":
         """The same line, with videos that are encoded in the stream."""
         return replace(self, data=replace(self.data, latents=""))
-
-    def make_plan(self, run: Store, steps: int, say: Callable[[str], None]) -> Plan:
-        """Make epochs of the plan until `steps` steps are planned; what is committed is kept."""
-        manifest = self.pinned_manifest(run)
-        recipe, text = self.recipe(), self.text
-        planned, epoch = 0, 0
-        while planned < steps:
-            plan = make_epoch(manifest, recipe, run, epoch, text.num_tokens, text.fingerprint)
-            if epoch == 0:
-                say(str(plan.summary(0)))
-            planned += plan.num_steps(epoch)
-            epoch += 1
-        return plan
 
     def build_model(self) -> PackedModel:
         """The denoiser on the CPU (or where the caller's context puts it), same for one seed."""

@@ -169,7 +169,7 @@ def test_bad_clips_are_named_and_counted_and_the_others_train(name: str, tmp_pat
     assert len(quarantine) == sum(expected.causes.values())
 
     line = Assembly.of(compose(overrides(tmp_path)))
-    plan = line.make_plan(Store(tmp_path / "runs/bad"), 1, lambda _: None)
+    plan = line.planner().make(Store(tmp_path / "runs/bad"), 1, lambda _: None)
     reader = line.reader(shards.url)
     clips = list(clips_of(plan))
     read = list(zip(clips, reader.read(clips), strict=True))

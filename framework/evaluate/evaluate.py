@@ -10,7 +10,7 @@ Fréchet distance.
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -18,8 +18,6 @@ import numpy as np
 
 from framework.assembly import Assembly
 from framework.batch import PackedBatch
-from framework.data.manifest.table import read_manifest
-from framework.data.plan.planner import make_epoch
 from framework.data.plan.rows import ClipPlan
 from framework.data.plan.store import Plan
 from framework.data.stream.collate import ClipReader, assemble
@@ -138,8 +136,8 @@ def evaluate(
 ) -> Evaluation:
     """Validation loss, Fréchet distance and, for synthetic clips, prompt following."""
     assembly = assembly.on_videos()  # samples are compared with frames
-    manifest = read_manifest(assembly.data.manifest)
-    plan = _heldout_plan(assembly, plan_store)
+    manifest = assembly.open_manifest()
+    plan = assembly.planner().heldout(plan_store)
     reader = assembly.reader(manifest.shards_url)
 
     batches = _batches(plan, reader, config.validation_packs, say)
@@ -216,12 +214,6 @@ def _subjects(
             "no held-out clip of more than one frame can be read; there is nothing to sample"
         )
     return subjects
-
-
-def _heldout_plan(assembly: Assembly, store: Store) -> Plan:
-    manifest = read_manifest(assembly.data.manifest)
-    recipe, text = replace(assembly.recipe(), drop_caption=0.0, keep=((0, 1.0),)), assembly.text
-    return make_epoch(manifest, recipe, store, 0, text.num_tokens, text.fingerprint, "heldout")
 
 
 def _batches(

@@ -1,14 +1,42 @@
 """The configs of one training run, as driver and ranks share them."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
-from framework.assembly import Assembly
+from framework.assembly import Assembly, LineConfig
 from framework.cluster import ClusterConfig, check_lasting
 from framework.run.identity import Identity, RunSection
 from framework.tracking.tracker import TrackerConfig
 from framework.train.config import TrainConfig
 from framework.train.engine.protocol import EngineConfig, OptimizerConfig
+
+
+class JobConfig(LineConfig, Protocol):
+    """What a training job is made from; a run config is one."""
+
+    @property
+    def train(self) -> TrainConfig:
+        """How long to train, and what to watch."""
+
+    @property
+    def optimizer(self) -> OptimizerConfig:
+        """What updates the parameters."""
+
+    @property
+    def engine(self) -> EngineConfig:
+        """What holds and shards them."""
+
+    @property
+    def tracking(self) -> TrackerConfig:
+        """Where metrics go."""
+
+    @property
+    def cluster(self) -> ClusterConfig:
+        """Where the workers run."""
+
+    @property
+    def profile(self) -> bool:
+        """Whether a rank's time and memory are recorded."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +53,7 @@ class Job:
     profile: bool = False
 
     @classmethod
-    def of(cls, config: Any) -> "Job":
+    def of(cls, config: JobConfig) -> "Job":
         """The training job of a run config."""
         return cls(
             run=config.run,

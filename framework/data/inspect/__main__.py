@@ -13,8 +13,8 @@ def main(config: RunConfig) -> None:
     assembly.check_data()
     out = Store(config.run.root).child(f"{config.run.name}.inspect")
     out.delete("manifest.json")  # of the last look; this one is at the data as they are now
-    plan = assembly.make_plan(out, 1, lambda text: None)
-    manifest = assembly.pinned_manifest(out)
+    planner = assembly.planner()
+    plan, manifest = planner.make(out, 1, lambda text: None), planner.pinned_manifest(out)
     reader = assembly.reader(manifest.shards_url)
     facts = inspect(plan, manifest, reader, config.cluster.max_workers, out)
     for name, value in facts.items():

@@ -12,7 +12,7 @@ def main(config: RunConfig) -> None:
     assembly.check_data()
     run = claim(config.run, config.identity)
     with name_freed_if_refused(run):
-        plan = assembly.make_plan(run, config.train.steps, print)
+        plan = assembly.planner().make(run, config.train.steps, print)
     print(plan.epochs_of(config.train.steps))
 
 

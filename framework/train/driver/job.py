@@ -63,10 +63,11 @@ def train(job: Job, show: Show, store: Store) -> Result:
     """
     began = time.time()
     show({"stage": "planning"})
+    planner = job.assembly.planner()
     latest = Checkpoints(store.child("checkpoints")).latest()
     first = latest.step if latest is not None and latest.step < job.train.steps else 0
     with name_freed_if_refused(store):
-        plan = job.assembly.make_plan(store, first + 1, lambda text: show({"text": text}))
+        plan = planner.make(store, first + 1, lambda text: show({"text": text}))
     show({"text": plan.epochs_of(job.train.steps)})
     if latest is not None:
         _check_plan(latest, plan, store)
@@ -79,7 +80,7 @@ def train(job: Job, show: Show, store: Store) -> Result:
     job.tracking.check(num_nodes())
     if num_nodes() > 1 and store.is_local:
         show({"text": f"note: {store.url} must be shared by all {num_nodes()} nodes"})
-    manifest = job.assembly.pinned_manifest(store)
+    manifest = planner.pinned_manifest(store)
     run_id = _preflight(job, store, manifest, show)
 
     for_ranks = replace(job, tracking=job.tracking.absolute(Path.cwd()))
@@ -122,7 +123,7 @@ class _PlanAhead:
 
         def run() -> None:
             try:
-                job.assembly.make_plan(store, job.train.steps, lambda text: None)
+                job.assembly.planner().make(store, job.train.steps, lambda text: None)
             except Exception as error:
                 self._raised = error
 

@@ -65,8 +65,8 @@ def first_epoch(assembly: Assembly, folder: Path) -> tuple[Plan, Iterator[Packed
     """The plan of epoch 0 and its packs, read here."""
     assembly.check_data()
     run = Store(folder)
-    plan = assembly.make_plan(run, 1, lambda _: None)
-    reader = assembly.reader(assembly.pinned_manifest(run).shards_url)
+    plan = assembly.planner().make(run, 1, lambda _: None)
+    reader = assembly.reader(assembly.planner().pinned_manifest(run).shards_url)
     return plan, (
         assemble(pack, reader, plan.recipe, epoch_step=step)
         for step in range(plan.num_steps(0))

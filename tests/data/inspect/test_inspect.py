@@ -31,7 +31,7 @@ def line(tmp_path: Path, small_shards: Store) -> Assembly:
 
 def test_the_page_says_what_the_plan_says(line: Assembly, tmp_path: Path) -> None:
     manifest = read_manifest(line.data.manifest)
-    plan = line.make_plan(Store(tmp_path / "run"), 1, lambda text: None)
+    plan = line.planner().make(Store(tmp_path / "run"), 1, lambda text: None)
     out = Store(tmp_path / "out")
     facts = inspect(plan, manifest, line.reader(manifest.shards_url), 2, out)
     summary = plan.summary(0)
@@ -60,7 +60,7 @@ def test_the_page_says_what_the_plan_says(line: Assembly, tmp_path: Path) -> Non
 
 def test_a_clip_that_cannot_be_read_is_said(line: Assembly, tmp_path: Path) -> None:
     manifest = read_manifest(line.data.manifest)
-    plan = line.make_plan(Store(tmp_path / "run"), 1, lambda text: None)
+    plan = line.planner().make(Store(tmp_path / "run"), 1, lambda text: None)
     reader = line.reader(f"{tmp_path}/moved-away")
     facts = inspect(plan, manifest, reader, 1, Store(tmp_path / "out"))
     assert (tmp_path / "out/report.html").exists()

@@ -42,7 +42,7 @@ def line(tmp_path_factory: pytest.TempPathFactory) -> tuple[Assembly, Plan, str]
     found = {SHARD: index_shard(store.url, SHARD, chosen)}
     write_index(store.url, f"{folder}/manifest", found, chosen)
     assembly = Assembly.of(config)
-    plan = assembly.make_plan(Store(folder), 1, print)
+    plan = assembly.planner().make(Store(folder), 1, print)
     return assembly, plan, store.url
 
 
@@ -102,8 +102,8 @@ def test_the_number_of_ranks_may_change_at_any_step(
     assembly, plan, _ = line
     wide = replace(assembly, data=replace(assembly.data, global_batch_packs=8))
     run = plan.store.child("wide")
-    per_epoch = wide.make_plan(run, 1, lambda _: None).num_steps(0)
-    plan = wide.make_plan(run, per_epoch + 1, lambda _: None)
+    per_epoch = wide.planner().make(run, 1, lambda _: None).num_steps(0)
+    plan = wide.planner().make(run, per_epoch + 1, lambda _: None)
     seen: dict[int, list[int]] = {0: [], 1: []}
     size = 1
     for step in range(2 * per_epoch):
@@ -159,7 +159,7 @@ def test_global_batches_do_not_know_the_number_of_ranks(line: tuple[Assembly, Pl
     assert batches(2, 0, 1) == whole[2:]  # a resume is an integer
 
     # Over the border of epochs, never stopped; and stopped just before, on and after it.
-    plan = assembly.make_plan(plan.store.child("longer"), count + 2, lambda _: None)
+    plan = assembly.planner().make(plan.store.child("longer"), count + 2, lambda _: None)
     start, count = count - 2, count + 2
     whole = batches(start, 0, 1)
     for stop in range(1, 4):
