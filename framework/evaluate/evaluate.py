@@ -9,7 +9,7 @@ Fréchet distance.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -22,13 +22,14 @@ from framework.data.plan.rows import ClipPlan
 from framework.data.plan.store import Plan
 from framework.data.stream.collate import ClipReader, assemble
 from framework.demo.clips.moving_shapes import ClipSpec, caption, held_out_prompts, render
-from framework.demo.reader import score
 from framework.diffusion.denoiser import Denoiser
 from framework.diffusion.samplers import SamplerConfig
 from framework.evaluate.config import EvaluateConfig
 from framework.evaluate.metrics.features import RandomConv3d
-from framework.evaluate.metrics.frechet import Moments, frechet_distance
+from framework.evaluate.metrics.metric import Metric, Sample
+from framework.evaluate.metrics.prompt_following import prompt_following
 from framework.evaluate.metrics.validation import validation_loss
+from framework.evaluate.metrics.video_distance import VideoDistance
 from framework.mapping import flatten, is_below, masked, to_mapping
 from framework.objectives.objective import DiffusionObjective
 from framework.run.checkpoint import find_checkpoint
@@ -134,7 +135,7 @@ def evaluate(
     sampler: SamplerConfig,
     say: Callable[[str], None],
 ) -> Evaluation:
-    """Validation loss, Fréchet distance and, for synthetic clips, prompt following."""
+    """The validation loss, and what `sample_metrics` say of videos made from held-out captions."""
     assembly = assembly.on_videos()  # samples are compared with frames
     manifest = assembly.open_manifest()
     plan = assembly.planner().heldout(plan_store)
@@ -159,24 +160,18 @@ def evaluate(
         sampler,
         config.max_tokens,
     )
-    features = RandomConv3d()
-    real, fake = Moments(features.dim), Moments(features.dim)
-    real.update(np.stack([features(subject.real) for subject in subjects]))
-    fake.update(np.stack([features(video) for video in videos]))
-    distance = frechet_distance(real, fake)
-    metrics[f"eval/frechet_{features.name}"] = distance.distance
-    metrics["eval/frechet_num_videos"] = distance.num_b
-
-    specs = [subject.spec for subject in subjects if subject.spec]
-    if not specs:
-        return Evaluation(step, metrics)
-    scores = score(videos, specs)
-    for name in ("colour", "shape", "direction", "all_three"):
-        rate = getattr(scores, name)
-        metrics[f"eval/prompt_{name}"] = rate.value
-        metrics[f"eval/prompt_{name}_low"] = rate.low
-        metrics[f"eval/prompt_{name}_high"] = rate.high
+    samples = [
+        Sample(subject.caption, subject.real, video, subject.spec)
+        for subject, video in zip(subjects, videos, strict=True)
+    ]
+    for metric in sample_metrics():
+        metrics |= {f"eval/{name}": value for name, value in metric(samples).items()}
     return Evaluation(step, metrics)
+
+
+def sample_metrics() -> Sequence[Metric]:
+    """What judges the videos of a checkpoint: the one place that names them all."""
+    return [VideoDistance(RandomConv3d()), prompt_following]
 
 
 @dataclass(frozen=True)
