@@ -6,7 +6,7 @@ uniform with zero bias (as in DiT and Wan), from torch's global generator.
 """
 
 import math
-from typing import Any, Literal
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -209,7 +209,27 @@ def sinusoidal_embedding(position: Tensor, dim: int) -> Tensor:
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 
-def check_shared(config: Any) -> None:
+class SharedOptions(Protocol):
+    """The options that every model's config has."""
+
+    @property
+    def patch_size(self) -> tuple[int, int, int]:
+        """Latent positions in time, height and width that make one token."""
+
+    @property
+    def text_depth(self) -> int:
+        """Layers of the encoder of text ids."""
+
+    @property
+    def gelu(self) -> Gelu:
+        """Of all feed-forwards."""
+
+    @property
+    def attention(self) -> str:
+        """See `choose_backend`."""
+
+
+def check_shared(config: SharedOptions) -> None:
     """ValueError where a field that every model's config has is out of its range."""
     if min(config.patch_size) < 1:
         raise ValueError(
