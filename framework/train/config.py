@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 
 from framework.mapping import free
+from framework.train.guard import GuardConfig
 from framework.train.observers.profile import ProfileConfig
-from framework.train.rank.guard import GuardConfig
 from model_zoo.checkpointing import CheckpointPolicy
 
 

@@ -17,10 +17,10 @@ from framework.objectives.objective import Objective
 from framework.run.checkpoint import Checkpoint
 from framework.storage import Store
 from framework.train.engine.protocol import Engine
+from framework.train.guard import Guard
 from framework.train.loop import StepInput, StepOutput, train
 from framework.train.observers.observer import Observer, Saved
 from framework.train.rank.commit import Committer, Retention
-from framework.train.rank.guard import Guard
 from framework.train.rank.leave_request import LeaveRequest
 from framework.train.rank.notice import noticed
 from framework.train.rank.prefetch import Prefetch

@@ -12,8 +12,8 @@ from framework.run.fence import Superseded, begin_attempt, read_attempt
 from framework.run.sharded_state import RanksFailed
 from framework.storage import Store
 from framework.train.driver.attempts import Patience
+from framework.train.guard import Diverged
 from framework.train.rank.failures import SaveFailed, is_retryable, words_of
-from framework.train.rank.guard import Diverged
 
 PASSING = [
     RuntimeError("[gloo/transport/tcp/pair.cc:525] Connection closed by peer [127.0.0.1]:1234"),

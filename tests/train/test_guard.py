@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from framework.train.rank.guard import MIN_HISTORY, Diverged, Guard, GuardConfig
+from framework.train.guard import MIN_HISTORY, Diverged, Guard, GuardConfig
 
 QUIET = [1.0 + 0.01 * (i % 5) for i in range(40)]
 
