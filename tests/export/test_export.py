@@ -202,7 +202,7 @@ def trained(config: RunConfig, tmp_path: Path) -> Store:
     flat = json.loads(json.dumps(dict(config.identity.values)))
     run.write("config.json", json.dumps({"format": FORMAT, "config": flat}).encode())
     run.write("manifest.json", b'{"fingerprint": "5ec0ffee"}')
-    network = Network(config.model, config.codec.build().channels, 258, None)
+    network = Network(config.model, config.codec.channels, 258, None)
     for step in (4, 8):
         meta = {"config": flat, "plan_digest": "abc123", "code_version": "0.1+gdeadbee"}
         commit(run, step, network, meta)
