@@ -71,7 +71,7 @@ class Clip:
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """One pack of clips as tokens; it also is the `layout` that a Denoiser is handed.
+    """One pack of clips as tokens; it also is the `layout` that a network is handed.
 
     A clip of weight 0 (it failed to decode, or fills a dummy pack) keeps its place and bears no
     loss. `given_mask` marks tokens that are clean context: they bear no loss either.

@@ -44,7 +44,7 @@ class Layout(Protocol):
         """(L,) int64: which token of its clip's grid, row-major in (time, height, width)."""
 
 
-class Denoiser(Protocol):
+class Network(Protocol):
     """A network that reads noisy tokens; attention never crosses segments.
 
     The segments cover L and K exactly. Segments may be empty; one with video tokens may have no
@@ -75,7 +75,7 @@ class ModelConfig(Protocol):
         """Whether it can do with some of a clip's tokens, as masked training wants."""
 
     def build(self, token_size: int, text_vocab: int | None, text_dim: int | None) -> PackedModel:
-        """The model, a `Denoiser`, on torch's default device, for tokens of `token_size` values.
+        """The model, a `Network`, on torch's default device, for tokens of `token_size` values.
 
         `text_vocab`: where text comes as ids (K,); `text_dim`: as embeddings (K, text_dim).
         """

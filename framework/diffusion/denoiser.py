@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from framework.batch import PackedBatch
 from framework.diffusion.path import Path
 
-# A `model_zoo.protocols.Denoiser`: (tokens (L, P), t (B,), layout, text) -> (L, P).
+# A `model_zoo.protocols.Network`: (tokens (L, P), t (B,), layout, text) -> (L, P).
 Network = Callable[[Tensor, Tensor, PackedBatch, Tensor], Tensor]
 
 

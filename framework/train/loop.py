@@ -3,13 +3,12 @@
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from framework.batch import PackedBatch
-from framework.objectives.objective import Losses, Objective
+from framework.objectives.objective import Draw, Losses, Objective
 from framework.train.engine.protocol import Engine, StepStats
 
 
@@ -22,7 +21,7 @@ class StepInput:
     epoch_step: int  # counted from 0 within the epoch
     num_averaged: int  # N: what the loss is averaged over, planned, over all ranks
     tokens: int  # video tokens of the step, over all ranks
-    packs: list[tuple[PackedBatch, Any]]  # each with what the objective drew for it
+    packs: list[tuple[PackedBatch, Draw]]  # each with what the objective drew for it
     leave_out: bool = False  # a step before a loss spike, after a roll-back
 
 

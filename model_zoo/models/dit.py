@@ -219,7 +219,7 @@ class Head(nn.Module):
 
 
 class DiT(PackedModel):
-    """A `Denoiser`: noisy tokens, time and text to an output for each token."""
+    """A `Network`: noisy tokens, time and text to an output for each token."""
 
     def __init__(self, config: DiTConfig, token_size: int, text_stem: nn.Module) -> None:
         super().__init__()

@@ -157,7 +157,7 @@ class Head(nn.Module):
 
 
 class OriginalDiT(PackedModel):
-    """A `Denoiser`: noisy tokens, time and a class (or captions) to an output for each token."""
+    """A `Network`: noisy tokens, time and a class (or captions) to an output for each token."""
 
     def __init__(self, config: OriginalDiTConfig, token_size: int, text_stem: nn.Module) -> None:
         super().__init__()

@@ -249,7 +249,7 @@ class Head(nn.Module):
 
 
 class MMDiT(PackedModel):
-    """A `Denoiser`: noisy tokens, time and text to an output for each token."""
+    """A `Network`: noisy tokens, time and text to an output for each token."""
 
     def __init__(
         self, config: MMDiTConfig, token_size: int, text_encoder: TextIdStem | None, text_dim: int

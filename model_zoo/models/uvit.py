@@ -132,7 +132,7 @@ class Block(nn.Module):
 
 
 class UViT(PackedModel):
-    """A `Denoiser`: noisy tokens, time and text to an output for each token."""
+    """A `Network`: noisy tokens, time and text to an output for each token."""
 
     def __init__(self, config: UViTConfig, token_size: int, text_stem: nn.Module) -> None:
         super().__init__()
