@@ -30,8 +30,9 @@ T = TypeVar("T")
 class RetryPolicy:
     """How long an action is tried again after a transient error, and how long between two tries.
 
-    No try begins later than `deadline_s`. One that hangs takes long by itself: Arrow has time-outs
-    and retries of its own. A pause is twice as long as the one before it, up to `max_delay_s`.
+    What fails later than `deadline_s` is not tried again. A try that hangs takes long by itself:
+    Arrow has time-outs and retries of its own. A pause is twice as long as the one before it, up to
+    `max_delay_s`.
     """
 
     deadline_s: float
