@@ -111,22 +111,14 @@ class PackedBatch:
         up with zeros. None: what the clips fill.
         """
         segments = list(clips)
-        if num_segments is not None:
-            assert len(clips) < num_segments, (len(clips), num_segments)
-            num_padding, num_text_padding = (
-                0 if most is None else most - sum(map(len, rows))
-                for most, rows in (
-                    (max_tokens, [clip.tokens for clip in clips]),
-                    (max_text_tokens, [clip.text for clip in clips]),
-                )
-            )
-            assert min(num_padding, num_text_padding) >= 0, (num_padding, num_text_padding)
-            like = clips[0]
-            segments += [_no_clip(like, 0, 0, (0, 0, 0))] * (num_segments - len(clips) - 1)
-            # Positions of the padding segment are of no account.
-            segments.append(_no_clip(like, num_padding, num_text_padding, (1, 1, num_padding)))
-        else:
+        if num_segments is None:
             assert max_tokens is max_text_tokens is None, "padding is a segment: give num_segments"
+        else:
+            assert len(clips) < num_segments, (len(clips), num_segments)
+            segments += [_without_clip(clips[0], 0, 0)] * (num_segments - len(clips) - 1)
+            padding = _left_over(max_tokens, [len(clip.tokens) for clip in clips])
+            text_padding = _left_over(max_text_tokens, [len(clip.text) for clip in clips])
+            segments.append(_without_clip(clips[0], padding, text_padding, (1, 1, padding)))
         has_index = any(clip.index is not None for clip in clips)
         return cls(
             tokens=torch.cat([s.tokens for s in segments]),
@@ -225,8 +217,20 @@ class PackedBatch:
         return replace(self, **moved)
 
 
-def _no_clip(like: Clip, num_tokens: int, num_text: int, grid: tuple[int, int, int]) -> Clip:
-    """A segment without a clip: zeros of the dtypes and widths of `like`."""
+def _left_over(most: int | None, lengths: Sequence[int]) -> int:
+    """What clips of these lengths leave of a static length; None: there is none."""
+    left_over = 0 if most is None else most - sum(lengths)
+    assert left_over >= 0, (most, lengths)
+    return left_over
+
+
+def _without_clip(
+    like: Clip, num_tokens: int, num_text: int, grid: tuple[int, int, int] = (0, 0, 0)
+) -> Clip:
+    """A segment without a clip: zeros of the dtypes and widths of `like`.
+
+    Positions are of no account in it, so that any grid will do.
+    """
     tokens = like.tokens.new_zeros(num_tokens, *like.tokens.shape[1:])
     text = like.text.new_zeros(num_text, *like.text.shape[1:])
     return Clip(tokens, grid, text, clip_id=-1, fps=0.0, weight=0.0, source=-1)
