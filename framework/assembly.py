@@ -24,7 +24,7 @@ from framework.encoders import CaptionEncoder, Encoders, Patchifier, Tokenizer
 from framework.mapping import differences
 from framework.objectives.objective import DiffusionObjective, Objective, ObjectiveConfig
 from framework.run.identity import Identity, RunSection
-from framework.storage import Store
+from framework.storage import COMMAND, RetryPolicy, Store
 from model_zoo.checkpointing import PackedModel
 from model_zoo.flops import Work, cost_coefficients
 from model_zoo.patchify import patch_std
@@ -74,6 +74,7 @@ class Assembly:
     data: DataConfig
     seed: int
     identity: Identity  # of the run
+    retry: RetryPolicy = COMMAND  # of the stores that it opens
 
     @classmethod
     def of(cls, config: LineConfig) -> "Assembly":
@@ -87,6 +88,10 @@ class Assembly:
             config.run.seed,
             config.identity,
         )
+
+    def with_retry(self, retry: RetryPolicy) -> "Assembly":
+        """The same line, whose stores are tried by another policy."""
+        return replace(self, retry=retry)
 
     @property
     def patch_size(self) -> tuple[int, int, int]:
@@ -141,7 +146,7 @@ class Assembly:
     def open_manifest(self, fingerprint: str | None = None) -> Manifest:
         """Of what training reads: videos, or latents. ValueError where they are of another line."""
         url = self.data.latents or self.data.manifest
-        manifest = read_manifest(url, fingerprint)
+        manifest = read_manifest(Store(url, self.retry), fingerprint)
         if manifest.encoding and not self.data.latents:
             raise ValueError(f"data.manifest={url!r} is of latents; set data.latents to it")
         if self.data.latents:
@@ -193,7 +198,7 @@ class Assembly:
 
     def reader(self, shards_url: str) -> ClipReader:
         """Reads clips of a plan as tokens."""
-        shards, exclude = Store(shards_url), self._excluded()
+        shards, exclude = Store(shards_url, self.retry), self._excluded()
         patchifier = Patchifier(self.patch_size)
         if self.data.latents:
             return LatentReader(
@@ -230,4 +235,4 @@ class Assembly:
         return json.loads(json.dumps(made_with))
 
     def _excluded(self) -> frozenset[int]:
-        return read_clip_ids(self.data.exclude) if self.data.exclude else frozenset()
+        return read_clip_ids(self.data.exclude, self.retry) if self.data.exclude else frozenset()

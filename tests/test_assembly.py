@@ -1,6 +1,8 @@
 """What an assembly refuses: parts that do not fit together."""
 
+import pickle
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -9,7 +11,9 @@ from torch import Tensor
 from framework.assembly import Assembly
 from framework.batch import PackedBatch
 from framework.config import compose
+from framework.data.manifest.table import InStore
 from framework.objectives.objective import AveragedOver, Draw, Losses
+from framework.storage import TRAINING, Store
 from model_zoo.checkpointing import CheckpointPolicy, PackedModel
 from model_zoo.flops import Work
 from model_zoo.models.dit import DiTConfig
@@ -76,3 +80,13 @@ def test_only_a_diffusion_objective_is_sampled_from(assembly: Assembly) -> None:
     assert assembly.denoiser(model).model is model
     with pytest.raises(ValueError, match="CaptioningConfig is none of diffusion"):
         replace(assembly, objective=CaptioningConfig()).denoiser(model)
+
+
+def test_all_its_stores_are_tried_by_one_policy(tmp_path: Path, small_data: list[str]) -> None:
+    line = Assembly.of(compose(["experiment=demo", *small_data])).with_retry(TRAINING)
+    assert line.reader(line.data.shards).shards.retry == TRAINING
+    run = Store(tmp_path / "run")
+    parts = line.planner().pinned_manifest(run).load
+    assert isinstance(parts, InStore)
+    assert parts.store.retry == TRAINING
+    assert pickle.loads(pickle.dumps(line)) == line

@@ -109,7 +109,8 @@ def line(tmp_path: Path, small_data: list[str], monkeypatch: pytest.MonkeyPatch)
     return [
         *small_data,
         *("packages=our_team", "model=autoencoder", "objective=reconstruction", "codec=identity"),
-        *("data.max_tokens=256", "data.views.frames=[8]", "tracking=none", "optimizer.lr=1e-2"),
+        *("data.max_tokens=256", "data.views.frames=[8]", "tracking=none"),
+        *("optimizer.lr=1e-2", "optimizer.warmup_steps=1"),
         *(f"train.steps={STEPS}", "train.checkpoint_every=4", "train.log_every=2"),
         *("train.deterministic=true", "cluster.num_cpus=3", f"run.root={tmp_path}/runs"),
     ]

@@ -152,7 +152,7 @@ def test_steps_are_skipped_as_told(tmp_path: Path) -> None:
         if inputs.leave_out:
             assert loss_share == 0.0
             return math.nan, "rolled back"
-        return loss_share.item(), "spike" if inputs.number == 2 else ""
+        return loss_share.item(), "spike" if inputs.step == 2 else ""
 
     def after(output: StepOutput) -> bool:
         outputs.append(output)
@@ -169,4 +169,4 @@ def test_steps_are_skipped_as_told(tmp_path: Path) -> None:
     )
     assert [output.skipped for output in outputs] == ["", "rolled back", "spike", ""]
     assert (engine.steps, engine.skips) == (2, 2)
-    assert [len(output.clip_losses) for output in outputs] == [PACKS, 0, PACKS, PACKS]
+    assert [len(output.losses) for output in outputs] == [PACKS, 0, PACKS, PACKS]

@@ -28,7 +28,7 @@ import pyarrow.compute as pc
 
 from framework.data.parquet import read_table
 from framework.seeding import hash64
-from framework.storage import Store, join_url, normalize_url
+from framework.storage import COMMAND, RetryPolicy, Store, join_url, normalize_url
 
 SCHEMA = pa.schema(
     [
@@ -65,14 +65,14 @@ def clip_id(shard: str, key: str, number: int | None = None) -> int:
     return hash64("clip", shard, key, *([] if number is None else [number])) >> 1
 
 
-def read_clip_ids(url: str) -> frozenset[int]:
+def read_clip_ids(url: str, retry: RetryPolicy = COMMAND) -> frozenset[int]:
     """Clips listed in a text file, one a line: a clip_id, or the shard's name and the key.
 
     Empty lines and those that start with # do not count. ValueError names a line that is neither.
     """
     folder, _, name = normalize_url(url).rpartition("/")
     try:
-        text = Store(folder).read(name).decode()
+        text = Store(folder, retry).read(name).decode()
     except (FileNotFoundError, UnicodeDecodeError) as error:
         raise ValueError(f"{url} is not a text file of clips: {error}") from error
     ids = set()
@@ -106,7 +106,7 @@ def assign_split(video_ids: Iterable[str], heldout_fraction: float) -> list[str]
 
 @dataclass(frozen=True)
 class Manifest:
-    """A snapshot of the clip table; see `read_manifest`, and manifest_writer for making one."""
+    """A snapshot of the clip table; see `read_manifest`, and `writer` for making one."""
 
     shards_url: str  # may be replaced where the shards have moved
     fingerprint: str  # of the rows: 32 hexadecimal digits

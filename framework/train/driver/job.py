@@ -121,9 +121,11 @@ class _PlanAhead:
     def __init__(self, job: Job, store: Store) -> None:
         self._raised: Exception | None = None
 
+        planner = job.assembly.with_retry(store.retry).planner()
+
         def run() -> None:
             try:
-                job.assembly.planner().make(store, job.train.steps, lambda text: None)
+                planner.make(store, job.train.steps, lambda text: None)
             except Exception as error:
                 self._raised = error
 

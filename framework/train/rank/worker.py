@@ -82,8 +82,7 @@ def _work(rank: Rank, watchdog: Watchdog) -> Tracker:
         tracker = open_tracker(job.tracking, rank.store, job.run.name, "rank-0")
 
     objective = job.assembly.build_objective()
-    reader = job.assembly.reader(args.shards_url)
-    reader = replace(reader, shards=reader.shards.with_retry(TRAINING))
+    reader = job.assembly.with_retry(TRAINING).reader(args.shards_url)
     engine: Engine | None = None
     again = True
     while again:
