@@ -102,12 +102,11 @@ class Line:
         for number in range(self.num_steps):
             epoch, epoch_step = plan.locate(number)
             totals, packs = plan.totals(epoch, epoch_step), []
+            num_averaged = totals.averaged_over(self.objective.averaged_over)
             for pack in plan.packs(epoch, epoch_step, self._rank, self.world):
                 batch = assemble(pack, reader, plan.recipe, self.assembly.data.stream.static_shapes)
                 packs.append((batch, self.objective.draw(batch, self.assembly.seed, number)))
-            made.append(
-                StepInput(number, epoch, epoch_step, totals.loss_tokens, totals.tokens, packs)
-            )
+            made.append(StepInput(number, epoch, epoch_step, num_averaged, totals.tokens, packs))
         return made
 
     def train(self, engine: Engine, step: StepInput) -> None:

@@ -227,7 +227,7 @@ class Session:
         return {
             "step": steps_done,
             "epoch": epoch,
-            "step_in_epoch": epoch_step,
+            "epoch_step": epoch_step,
             "plan_digest": args.plan_digest,
             "dp_size": self.rank.dp_size,
             "config": dict(args.job.identity.values),
