@@ -181,7 +181,7 @@ def time_saves(work: Work, rank: int, world: int) -> Any:
 def _begin_save(
     thread: ThreadPoolExecutor, engine: Engine, store: Store, pending: list[Future[None]]
 ) -> None:
-    """As `framework.train.rank.commit.Committer.save` does it."""
+    """As `framework.train.rank.commit.Committer.begin` does it."""
     pending.append(thread.submit(engine.snapshot().write, store))
 
 

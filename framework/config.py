@@ -160,7 +160,7 @@ def convert(node: DictConfig, choices: Mapping[str, Any]) -> RunConfig:
 
 
 def from_flat(flat: Mapping[str, Any]) -> RunConfig:
-    """A RunConfig from the values of an Identity."""
+    """A RunConfig from the values of an Identity; passwords in it are masked."""
     given = unflatten(flat)
     return _build(given, _kinds(given.get("packages", ())))
 

@@ -7,8 +7,10 @@ from typing import Any
 
 # `scheme://user:password@host`; a password may hold @ and /, so that the last @ ends it.
 _PASSWORD = re.compile(r"(\w+://[^/:@\s]*):\S*@")
-_SECRET_OPTION = re.compile(r"([?&](?:password|passwd|secret|token|api_key)=)[^&\s]*", re.I)
-_SECRET_FIELD = re.compile(r"(^|[._])(password|passwd|secret|token|api_key|access_key)$", re.I)
+_TOKEN = re.compile(r"(\w+://)[^/:@\s]+@")  # a user alone may be a token
+_SECRET = r"(?:password|passwd|secret|token|api_?key|access_?key|secret_?key|signature)"
+_SECRET_OPTION = re.compile(rf"([?&](?:[\w-]+[_-])?{_SECRET}=)[^&\s]*", re.I)
+_SECRET_FIELD = re.compile(rf"(?:^|[._]){_SECRET}$", re.I)
 MASK = "***"
 
 
@@ -84,14 +86,15 @@ def differences(
 def masked(flat: Mapping[str, Any]) -> dict[str, Any]:
     """The same flat mapping with passwords replaced: in URLs, and in fields named for a secret."""
     return {
-        key: MASK if value and _SECRET_FIELD.search(key) else _mask(value)
+        key: MASK if value and _SECRET_FIELD.search(str(key)) else _mask(value)
         for key, value in flat.items()
     }
 
 
 def mask_url(url: str) -> str:
     """A URL as it may be shown and stored."""
-    return _SECRET_OPTION.sub(rf"\1{MASK}", _PASSWORD.sub(rf"\1:{MASK}@", url))
+    url = _TOKEN.sub(rf"\1{MASK}@", _PASSWORD.sub(rf"\1:{MASK}@", url))
+    return _SECRET_OPTION.sub(rf"\1{MASK}", url)
 
 
 def _mask(value: Any) -> Any:
@@ -100,5 +103,5 @@ def _mask(value: Any) -> Any:
     if isinstance(value, list):
         return [_mask(item) for item in value]
     if isinstance(value, dict):
-        return {key: _mask(item) for key, item in value.items()}
+        return masked(value)
     return value

@@ -33,6 +33,13 @@ def test_other_urls_stay(url: str) -> None:
 
 def test_fields_and_options_named_for_a_secret_are_masked() -> None:
     assert mask_url("http://h/x?user=a&password=b&y=1") == "http://h/x?user=a&password=***&y=1"
+    signed = "https://b/x?X-Amz-Signature=a1&access_token=b2&apikey=c3&tokens=4"
+    assert mask_url(signed) == (
+        "https://b/x?X-Amz-Signature=***&access_token=***&apikey=***&tokens=4"
+    )
+    assert mask_url("https://t0ken@mlflow.example/x@y") == "https://***@mlflow.example/x@y"
+    hidden = {"servers": [{"secret_key": "a", "port": 1}]}
+    assert masked(hidden) == {"servers": [{"secret_key": "***", "port": 1}]}
     flat = {"a.password": "x", "a.api_key": "x", "token": "x", "data.max_tokens": 3, "b.token": ""}
     kept = {"a.password": "***", "a.api_key": "***", "token": "***", "data.max_tokens": 3}
     assert masked(flat) == {**kept, "b.token": ""}

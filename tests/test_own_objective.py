@@ -63,7 +63,6 @@ class Autoencoder(PackedModel):
 @dataclass(frozen=True)
 class ReconstructionConfig:
     noise: float = 0.1
-    averaged_over: ClassVar[str] = "pixels"
 
     def build(self, token_std):
         return Reconstruction(self.noise)

@@ -107,7 +107,7 @@ class DataConfig(RecipeConfig):
     manifest: str
     cost: CostModel | None = None
     # A file (URL) of clips to take out of a run that is under way, see
-    # framework.data.manifest.read_clip_ids: the plan stays, they leave holes of weight zero.
+    # framework.data.manifest.table.read_clip_ids: the plan stays, they leave holes of weight zero.
     exclude: str = free("")
     index: IndexConfig = field(default_factory=IndexConfig)
     # URL of clips that `framework.data.encode` has encoded (or shall): training reads these instead

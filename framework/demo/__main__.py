@@ -21,7 +21,7 @@ from framework.run.ledger import read_ledger
 from framework.run.logs import RunLog
 from framework.sample.generate import Prompt, generate
 from framework.sample.videos import write_videos
-from framework.storage import Store, join_url
+from framework.storage import TRAINING, Store, join_url
 from framework.terminal import Terminal, duration
 from framework.tracking.run_tracker import log_files, open_tracker
 from framework.train.driver.job import Result, train
@@ -58,7 +58,7 @@ def main(config: RunConfig) -> None:
     terminal, job = Terminal(), Job.of(config)
     job.check()
     run = claim(config.run, job.identity)
-    log = RunLog(run, "driver")
+    log = RunLog(run.with_retry(TRAINING), "driver")
     terminal.say(f"run {config.run.name} in {run.url}, log in {log.path}")
     with terminal.alone(log):
         missed = _stages(config, job, run, terminal)

@@ -81,10 +81,6 @@ class DiffusionObjective(Objective, Protocol):
 class ObjectiveConfig(Protocol):
     """What a run wants of the config of an objective of any kind."""
 
-    @property
-    def averaged_over(self) -> AveragedOver:
-        """As the objective has it; the plan counts them."""
-
     def build(self, token_std: Tensor) -> Objective:
         """`token_std`: (P,) standard deviation of each value of a token over the clips."""
         ...

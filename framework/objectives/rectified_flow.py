@@ -37,8 +37,6 @@ class RectifiedFlowConfig:
     shift: float = 3.0  # > 1 trains more on noisy t; the sampler has its own
     precondition: bool = True
 
-    averaged_over: ClassVar[AveragedOver] = "video_tokens"
-
     def __post_init__(self) -> None:
         if self.density not in _DENSITIES:
             raise ValueError(f"density={self.density!r} must be one of {', '.join(_DENSITIES)}")

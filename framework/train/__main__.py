@@ -3,6 +3,7 @@
 from framework.config import RunConfig, entry
 from framework.run.identity import claim
 from framework.run.logs import RunLog
+from framework.storage import TRAINING
 from framework.terminal import Terminal
 from framework.tracking.run_tracker import open_tracker
 from framework.train.driver.estimate import estimate
@@ -19,12 +20,12 @@ def main(config: RunConfig) -> None:
         return
     job.assembly.check_data()  # a mistake must not leave a claimed name behind
     run = claim(job.run, job.identity)
-    log = RunLog(run, "driver")
+    log = RunLog(run.with_retry(TRAINING), "driver")
     terminal.say(f"run {config.run.name} in {run.url}, log in {log.path}")
     terminal.say(config.tracking.page())
     with terminal.alone(log):
         result = train(job, terminal.show, run)
-        open_tracker(config.tracking, run, config.run.name, "driver").close("FINISHED")
+        open_tracker(config.tracking, result.store, config.run.name, "driver").close("FINISHED")
     terminal.say(f"committed: {result.checkpoint.store.url}")
 
 

@@ -1,6 +1,6 @@
 """What must be right before a run starts, looked at before it starts.
 
-`check_driver` runs once where the command was given, `check_worker` on every rank as soon as the
+`check_driver` runs once where the command was given, `check_workers` on every rank as soon as the
 process group stands. A check that fails names its cure, and no step is trained; a note is
 something to know about. All of it fits on one screen.
 """

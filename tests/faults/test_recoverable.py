@@ -2,8 +2,8 @@
 
 One run in object storage is held, warned, cut off from its store, and finds its newest checkpoint
 altered; kills and the death of its driver are in tests/test_resume.py, the loss of nodes in
-test_resize.py, MLflow that is away in tests/test_tracking.py. Outages here last seconds; the long
-form, with all of these at random and outages as in earnest, is `python -m benchmarks.chaos
+test_resize.py, MLflow that is away in tests/tracking/test_mlflow.py. Outages here last seconds; the
+long form, with all of these at random and outages as in earnest, is `python -m benchmarks.chaos
 --minutes 20 --hang-timeout-s 90 --store-away-s 60 60 --mlflow-away-s 600`.
 """
 

@@ -243,4 +243,4 @@ def test_the_network_gives_the_velocity_of_its_own_path(make_pack, precondition)
     implied = objective.path.velocity(x_t, objective.denoised(output, x_t, t), t)
     expected = objective._velocity(output, x_t, t)
     torch.testing.assert_close(implied, expected, atol=1e-5, rtol=1e-4)  # x_t cancels, float32
-    assert objective.averaged_over == RectifiedFlowConfig.averaged_over == "video_tokens"
+    assert objective.averaged_over == "video_tokens"

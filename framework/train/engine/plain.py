@@ -68,7 +68,7 @@ class PlainConfig:
 
 
 class PlainEngine:
-    """See `framework.train.engine.Engine`."""
+    """See `framework.train.engine.protocol.Engine`."""
 
     def __init__(
         self, config: PlainConfig, model: nn.Module, optimizer: OptimizerConfig, num_steps: int

@@ -168,7 +168,7 @@ def derive_sizes(config: ZeroConfig, numel: int, block_numel: int) -> Sizes:
 
 
 class ZeroEngine:
-    """See `framework.train.engine.Engine`."""
+    """See `framework.train.engine.protocol.Engine`."""
 
     def __init__(
         self,

@@ -16,10 +16,10 @@ class CheckpointReport(Observer):
 
     def commit(self, steps_done: int) -> Kept:
         """The tracker's journal, and the log where it does not lie in the run's folder already."""
-        files = dict(self._log.files())
-        if (path := self._tracker.journal_path) is not None:
-            files["tracking-journal.jsonl"] = path.read_bytes
-        return Kept(meta={"tracker_run_id": self._tracker.run_id}, files=files)
+        path = self._tracker.journal_path
+        files = {} if path is None else {"tracking-journal.jsonl": path.read_bytes}
+        meta = {"tracker_run_id": self._tracker.run_id}
+        return Kept(meta=meta, files=files, spare_files=self._log.files())
 
     def stalled(self, steps_done: int, seconds: float) -> None:
         """Log how long training stood still."""

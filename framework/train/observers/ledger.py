@@ -46,7 +46,7 @@ class LedgerKeeper(Observer):
             del self._failed[:num_failed]
 
     def end(self, error: BaseException | None) -> None:
-        """Keep what the ledger would have said of the steps since the last checkpoint."""
+        """Keep the rows of all steps that no checkpoint has, as far as this rank has heard."""
         if error is None:
             return
         name = f"failed/attempt-{self._attempt:04d}/rank-{self._dp_rank:05d}.jsonl"

@@ -4,7 +4,8 @@ A session calls every observer at the same moments and in the same order on ever
 observer may use collectives. It knows none of them by name.
 """
 
-from collections.abc import Callable, Mapping
+import traceback
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -16,12 +17,14 @@ class Kept:
     """What an observer leaves with a checkpoint.
 
     `meta`: plain JSON for the checkpoint's meta.json. `files`: of the run's folder by name; the
-    thread that writes the checkpoint asks for their bytes. `folders`: of the run's folder, which
-    are this checkpoint's own: what an earlier attempt left in them is deleted first.
+    thread that writes the checkpoint asks for their bytes. `spare_files`: a checkpoint can do
+    without them, where they cannot be read or written. `folders`: of the run's folder, which are
+    this checkpoint's own: what an earlier attempt left in them is deleted first.
     """
 
     meta: Mapping[str, Any] = field(default_factory=dict)
     files: Mapping[str, Callable[[], bytes]] = field(default_factory=dict)
+    spare_files: Mapping[str, Callable[[], bytes]] = field(default_factory=dict)
     folders: tuple[str, ...] = ()
 
 
@@ -64,3 +67,16 @@ class Observer(Protocol):
     def end(self, error: BaseException | None) -> None:
         """Training is over; `error` is what ended it, None where nothing went wrong."""
         return
+
+
+def end_all(observers: Iterable[Observer], error: BaseException | None) -> None:
+    """End every observer. What one raises hides neither the others' last words nor `error`."""
+    failed: list[Exception] = []
+    for observer in observers:
+        try:
+            observer.end(error)
+        except Exception as another:
+            traceback.print_exc()
+            failed.append(another)
+    if failed and error is None:
+        raise failed[0]

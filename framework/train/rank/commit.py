@@ -120,6 +120,9 @@ class Committer:
             for one in kept:
                 for name, read in one.files.items():
                     run.write(name, read())
+                for name, read in one.spare_files.items():
+                    with contextlib.suppress(OSError):
+                        run.write(name, read())
 
         def commit() -> None:
             self._fence.check()

@@ -15,7 +15,7 @@ from framework.data.plan.store import Plan
 from framework.run.checkpoint import Checkpoint, Checkpoints
 from framework.run.fence import Fence
 from framework.run.logs import RunLog
-from framework.storage import Store
+from framework.storage import TRAINING, Store
 from framework.terminal import Line
 from framework.train.collectives import all_gather
 from framework.train.job import Job
@@ -81,7 +81,7 @@ class Rank:
         text = f"{self.store.url}/{name}: rank {self.dp_rank} ended no step for {timeout_s:g} s"
         self.args.mailbox.tell.remote({"text": text})
         try:
-            self.store.write(name, stacks.encode())
+            self.store.with_retry(TRAINING).write(name, stacks.encode())
             self.log.save()
         except OSError:  # it may be the store that hangs
             traceback.print_exc()

@@ -19,7 +19,7 @@ from framework.storage import Store
 from framework.train.engine.protocol import Engine
 from framework.train.guard import Guard
 from framework.train.loop import StepInput, StepOutput, train
-from framework.train.observers.observer import Observer, Saved
+from framework.train.observers.observer import Observer, Saved, end_all
 from framework.train.rank.commit import Committer, Retention
 from framework.train.rank.leave_request import LeaveRequest
 from framework.train.rank.notice import noticed
@@ -122,8 +122,7 @@ class Session:
             raise
         finally:
             self.committer.close()
-            for observer in self.observers:
-                observer.end(error)
+            end_all(self.observers, error)
         return False
 
     def _before_update(self, inputs: StepInput, loss_share: Tensor) -> tuple[float, str]:

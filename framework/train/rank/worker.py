@@ -117,7 +117,7 @@ def _set_up(args: WorkerArgs) -> Rank:
     # A first start that cannot reach its store says so soon; a restart waits for it.
     store = args.fence.run.with_retry(TRAINING if args.restarts else COMMAND)
     dp_rank = context.get_world_rank()
-    log = RunLog(store, f"rank-{dp_rank:05d}")
+    log = RunLog(store.with_retry(TRAINING), f"rank-{dp_rank:05d}")
     log.copy()
     return Rank(
         args=args,

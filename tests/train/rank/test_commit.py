@@ -130,3 +130,17 @@ def test_a_superseded_attempt_commits_nothing(line: Line) -> None:
     with pytest.raises(SaveFailed, match="was superseded by attempt 2"):
         line.finish(2)
     assert Checkpoints(line.run.child("checkpoints")).committed_steps() == []
+
+
+def test_a_log_that_cannot_be_copied_costs_no_checkpoint(line: Line, tmp_path: Path) -> None:
+    def gone() -> bytes:
+        raise FileNotFoundError("somebody cleaned up")
+
+    line.train(range(2))
+    kept = [line.ledger.commit(2), Kept(spare_files={"logs/rank.log": gone})]
+    line.committer.begin(2, {"plan_digest": "x"}, kept)
+    saved = line.committer.wait()
+    assert saved is not None
+    assert saved.error is None
+    assert Checkpoints(line.run.child("checkpoints")).committed_steps() == [2]
+    assert sorted(line.clips()) == [0, 1]
