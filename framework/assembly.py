@@ -172,11 +172,17 @@ class Assembly:
                 "raise the latter"
             )
         torch.manual_seed(self.seed)
-        return self.model.build(
+        model = self.model.build(
             token_size=self.token_size,
             text_vocab=self.text.vocab_size,
             text_dim=self.text.dim,
         )
+        if not isinstance(model, PackedModel):
+            raise ValueError(
+                f"model: {type(self.model).__name__}.build gives a {type(model).__name__}, and no "
+                "model_zoo.checkpointing.PackedModel"
+            )
+        return model
 
     def network(self) -> Identity:
         """What weights mean something with."""

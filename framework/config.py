@@ -9,6 +9,7 @@ Only entry points and tests import this module; everyone else is handed a sub-co
 """
 
 import dataclasses
+import difflib
 import os
 import sys
 import typing
@@ -36,7 +37,7 @@ from framework.sample.config import SampleConfig
 from framework.tracking.tracker import TrackerConfig
 from framework.train.config import HardwareConfig, TrainConfig
 from framework.train.engine.protocol import EngineConfig, OptimizerConfig
-from framework.typed import build, is_protocol
+from framework.typed import build, check_members, is_protocol
 from model_zoo.protocols import CodecConfig, ModelConfig, TextConfig
 
 
@@ -169,8 +170,10 @@ def group_from_flat(flat: Mapping[str, Any], name: str, packages: Sequence[str] 
     """One group of a flat run config, say "model" of a checkpoint's; ValueError on any mistake."""
     prefix = f"{name}."
     kept = {key.removeprefix(prefix): v for key, v in flat.items() if key.startswith(prefix)}
-    cls, given = _resolve(_kinds(packages), name, unflatten(kept))
-    return build(cls, given, name, lambda *_: _resolve(_kinds(packages), *_))
+    kinds = _kinds(packages)
+    cls, given = _resolve(kinds, name, unflatten(kept))
+    check_members(cls, typing.get_type_hints(RunConfig)[name], name)
+    return build(cls, given, name, lambda *_: _resolve(kinds, *_))
 
 
 def _build(given: dict[str, Any], kinds: Kinds) -> RunConfig:
@@ -185,8 +188,10 @@ def _kinds(packages: Sequence[str]) -> Kinds:
 
 def _by_kind(kinds: Kinds, group: str, value: Any) -> dict[str, Any]:
     """A group as composed, with its kind in place of the class that its YAML states."""
-    if not isinstance(value, dict) or "_target_" not in value:
+    if not isinstance(value, dict):
         raise ValueError(f"{group}={value!r}: choose one of conf/{group}/, such as {group}=NAME")
+    if "_target_" not in value:
+        raise ValueError(f"{group}: the chosen file of conf/{group}/ states no `_target_`")
     if "kind" in value:
         raise ValueError(f"{group}.kind: no such key; choose one of conf/{group}/ by {group}=NAME")
     fields = {str(key): v for key, v in value.items() if key != "_target_"}
@@ -213,8 +218,8 @@ def _for_hydra(arguments: Sequence[str]) -> list[str]:
 
     ValueError where Hydra could not read one; its own error is about its grammar.
     """
-    folders: list[str] = []
-    prepared = []
+    packages: list[str] = []
+    prepared, chosen = [], []
     for argument in arguments:
         name, _, value = argument.partition("=")
         try:
@@ -226,15 +231,28 @@ def _for_hydra(arguments: Sequence[str]) -> list[str]:
                 f"{argument} cannot be read; quote a value with spaces or signs, for the shell and "
                 f"within: '{name}=\"{value}\"'"
             ) from error
+        name = name.lstrip("+")
         if name == "packages" and parsed is not None:
-            texts = parsed.value()
-            texts = [str(text) for text in texts] if isinstance(texts, list) else [str(texts)]
-            folders += [f"'file://{Package.parse(text).conf}'" for text in texts]
-            argument = f"packages=[{','.join(map(repr, texts))}]"
+            if parsed.is_sweep_override():
+                raise ValueError(f"{argument}: write several packages as 'packages=[{value}]'")
+            names = parsed.value()
+            packages = [str(text) for text in names] if isinstance(names, list) else [str(names)]
+            argument = f"packages=[{','.join(map(repr, packages))}]"
         is_override = "=" in argument and name.replace(".", "").replace("_", "").isalnum()
-        is_field = not name.startswith("hydra") and not (conf_dir() / name).is_dir()
+        is_group = (conf_dir() / name).is_dir()
+        is_field = not name.startswith("hydra") and not is_group
+        if is_override and is_group and parsed is not None:
+            chosen.append((name, parsed.value()))
         # `++a.b=c` leaves the check of names to `convert`.
         prepared.append(f"++{argument}" if is_override and is_field else argument)
-    if folders:
-        prepared.append(f"hydra.searchpath=[{','.join(folders)}]")
+    kinds = _kinds(packages)
+    for group, choice in chosen:
+        if isinstance(choice, str) and choice not in (known := kinds.choices(group)):
+            near = difflib.get_close_matches(choice, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+            own = "" if packages else "; a choice of your own comes by packages=NAME"
+            raise ValueError(f"{group}={choice}: no such choice; {hint}{own}")
+    if packages:
+        conf = [f"'file://{Package.parse(text).conf}'" for text in packages]
+        prepared.append(f"hydra.searchpath=[{','.join(conf)}]")
     return prepared

@@ -13,6 +13,7 @@ import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -52,19 +53,30 @@ class Kinds:
     """The kinds of each group, of Longtake and of packages."""
 
     def __init__(self, conf: Path, packages: Sequence[Package] = ()) -> None:
+        """ValueError where a file of a package has a name that is taken: it would not be read."""
         self._folders = (conf, *(package.conf for package in packages))
         self._prefixes = (*OUR_PREFIXES, *(f"{package.name}." for package in packages))
+        taken: dict[str, Path] = {}
+        for folder in self._folders:
+            for path in sorted(folder.rglob("*.yaml")):
+                name = path.relative_to(folder).as_posix()
+                if name in taken:
+                    raise ValueError(f"{path} has the name of {taken[name]}; rename it")
+                taken[name] = path
+        for package in packages:
+            for path in sorted(package.conf.rglob("*.yaml")):
+                _read(path)  # Hydra's own words on a broken one are a traceback
+
+    def choices(self, group: str) -> list[str]:
+        """What `group=` takes."""
+        return sorted(path.stem for f in self._folders for path in (f / group).glob("*.yaml"))
 
     def of_target(self, group: str, target: str) -> str:
         """The kind whose YAML states `target`; ValueError where none does."""
         for kind, known in self._targets(group).items():
             if known == target:
                 return kind
-        if not target.startswith(self._prefixes):
-            raise ValueError(
-                f"{group}._target_={target!r}: only names under {' and '.join(self._prefixes)} "
-                "are built"
-            )
+        self._check_prefix(group, target)
         raise ValueError(f"{group}._target_={target!r}: no file of conf/{group}/ states it")
 
     def config_class(self, group: str, kind: str) -> type:
@@ -72,37 +84,50 @@ class Kinds:
         targets = self._targets(group)
         if kind not in targets:
             raise ValueError(
-                f"{group}.kind={kind!r} is not known; there are {', '.join(sorted(targets))}"
+                f"{group}.kind={kind!r} is not known; there are {', '.join(sorted(targets))}; "
+                "those of a package come by packages=NAME"
             )
         target = targets[kind]
-        if not target.startswith(self._prefixes):
-            raise ValueError(
-                f"{group}._target_={target!r}: only names under {' and '.join(self._prefixes)} "
-                "are built"
-            )
+        self._check_prefix(group, target)
         module_name, _, class_name = target.rpartition(".")
         try:
             cls = getattr(importlib.import_module(module_name), class_name)
-        except (ImportError, AttributeError) as error:
-            raise ValueError(f"{group}._target_={target!r}: {error}") from error
+        except Exception as error:  # whatever is wrong with a module of a team's own
+            words = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{group}._target_={target!r}: {words}") from error
         params = getattr(cls, "__dataclass_params__", None)
         is_frozen = isinstance(cls, type) and params is not None and params.frozen
         if not is_frozen or cls.__module__ != module_name:
             raise ValueError(f"{group}._target_={target!r}: it is not a frozen config dataclass")
         return cls
 
+    def _check_prefix(self, group: str, target: str) -> None:
+        if not target.startswith(self._prefixes):
+            raise ValueError(
+                f"{group}._target_={target!r}: only names under {' and '.join(self._prefixes)} "
+                "are built"
+            )
+
     def _targets(self, group: str) -> dict[str, str]:
         """Kind -> module and class."""
         found: dict[str, str] = {}
         for folder in self._folders:
             for kind, target in _stated(folder / group):
-                if kind in found or target in found.values():
+                first = next((name for name, known in found.items() if known == target), None)
+                if first is not None:
                     raise ValueError(
-                        f"{folder / group / kind}.yaml states {target!r}, which another file does, "
-                        f"or its name is taken; let it begin with `defaults: [KIND]`"
+                        f"{folder / group / kind}.yaml states {target!r}, as {first}.yaml does; "
+                        f"let it begin with `defaults: [{first}]` instead"
                     )
                 found[kind] = target
         return found
+
+
+def _read(path: Path) -> Any:
+    try:
+        return yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
 
 
 @functools.lru_cache(maxsize=64)
@@ -110,7 +135,7 @@ def _stated(folder: Path) -> tuple[tuple[str, str], ...]:
     """(kind, target) of each file in a folder that states one, by name."""
     stated = []
     for path in sorted(folder.glob("*.yaml")):
-        content = yaml.safe_load(path.read_text())
+        content = _read(path)
         if isinstance(content, dict) and "_target_" in content:
             stated.append((path.stem, str(content["_target_"])))
     return tuple(stated)

@@ -40,6 +40,23 @@ def is_protocol(hint: Any) -> bool:
     return bool(getattr(hint, "_is_protocol", False))
 
 
+def check_members(cls: type, protocol: type, path: str) -> None:
+    """ValueError where a config dataclass lacks what the protocol of its group asks for."""
+    wanted = {
+        name
+        for base in protocol.__mro__
+        if is_protocol(base)
+        for name in (*vars(base), *vars(base).get("__annotations__", ()))
+        if not name.startswith("_")
+    }
+    lacking = sorted(wanted - set(dir(cls)) - {f.name for f in dataclasses.fields(cls)})
+    if lacking:
+        raise ValueError(
+            f"{path}: {cls.__name__} lacks {', '.join(lacking)}; see "
+            f"{protocol.__module__}.{protocol.__qualname__}"
+        )
+
+
 def _join(path: str, key: str) -> str:
     return f"{path}.{key}" if path else key
 
@@ -49,6 +66,7 @@ def _value(hint: Any, value: Any, path: str, resolve: Resolve) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if is_protocol(hint):
         cls, given = resolve(path, value)
+        check_members(cls, hint, path)
         return build(cls, given, path, resolve)
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:
@@ -86,6 +104,8 @@ def _is_sequence(hint: Any) -> bool:
 
 
 def _scalar(hint: Any, value: Any, path: str) -> Any:
+    if hint is Any:
+        return value
     if hint is str and isinstance(value, int) and not isinstance(value, bool):
         value = str(value)  # run.name=2024: YAML reads a number
     if hint is float and isinstance(value, int) and not isinstance(value, bool):

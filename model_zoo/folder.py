@@ -25,8 +25,7 @@ from model_zoo.models.uvit import UViTConfig
 from model_zoo.protocols import ModelConfig
 
 WAN = "WanTransformer3DModel"
-_ZooConfig = DiTConfig | MMDiTConfig | OriginalDiTConfig | UViTConfig
-# The class that `build` makes, as config.json names it -> its config.
+# A config without "Config" in its name, as config.json calls the model -> the config.
 _CONFIGS: dict[str, type] = {
     "DiT": DiTConfig,
     "MMDiT": MMDiTConfig,
@@ -69,6 +68,11 @@ class FolderFormat:
     wan_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # of each tensor
     why_not_wan: str = ""  # a sentence
 
+    @property
+    def is_of_the_zoo(self) -> bool:
+        """Whether `load_model` knows it by itself."""
+        return self.config["_class_name"] in (WAN, *_CONFIGS)
+
     def pieces(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
         """A tensor of the model's state as the folder has it: under its name, or as Wan's pieces.
 
@@ -81,31 +85,34 @@ class FolderFormat:
 
 
 def folder_format(network: Network) -> FolderFormat:
-    """As a Wan where it is one, else as our own; ValueError where it is no model of this zoo."""
-    ours = network.config
-    names = {config: name for name, config in _CONFIGS.items()}
-    if not isinstance(ours, _ZooConfig) or type(ours) not in names:
-        raise ValueError(
-            f"{type(ours).__name__} is not known; there are "
-            + ", ".join(config.__name__ for config in _CONFIGS.values())
-        )
+    """As a Wan where it is one, else as our own.
+
+    ValueError where a model from elsewhere has the name of one of this zoo.
+    """
+    config = network.config
+    class_name = type(config).__name__.removesuffix("Config")
+    if class_name == WAN or _CONFIGS.get(class_name, type(config)) is not type(config):
+        raise ValueError(f"{class_name} is the name of another model; rename {class_name}Config")
     beside = {name: getattr(network, name) for name in _BESIDE}
-    options = asdict(ours)
+    options = asdict(config)  # type: ignore[call-overload]  # a kind is a dataclass
     options.pop("attention", None)  # which kernel computes it is up to the machine that loads
-    own = {"_class_name": names[type(ours)], **beside, **options}
-    if not isinstance(ours, DiTConfig):
+    own = {"_class_name": class_name, **beside, **options}
+    if type(config) is not DiTConfig:
         return FolderFormat(own, why_not_wan=f"{own['_class_name']} is another model than Wan")
     if network.text_dim is None:
         return FolderFormat(own, why_not_wan="text comes as ids: Wan reads embeddings")
-    shape = WanShape(ours, network.channels, network.text_dim)
+    shape = WanShape(config, network.channels, network.text_dim)
     try:
         return FolderFormat(wan_config(shape), shape, wan_names(shape.config.depth))
     except ValueError as error:
         return FolderFormat(own, why_not_wan=str(error))
 
 
-def load_model(folder: Path) -> nn.Module:
-    """The model of a folder, on the CPU, in eval mode; ValueError where it is none of ours."""
+def load_model(folder: Path, configs: Mapping[str, type] | None = None) -> nn.Module:
+    """The model of a folder, on the CPU, in eval mode; ValueError where it is of no known class.
+
+    configs: of models that are not of this zoo, by name: {"Wide": WideConfig}.
+    """
     if not (folder / "config.json").exists():
         raise ValueError(
             f"{folder} holds no config.json: it is no model, or not written to its end"
@@ -113,21 +120,21 @@ def load_model(folder: Path) -> nn.Module:
     content = json.loads((folder / "config.json").read_text())
     if content.get("_class_name") == WAN:
         return load_wan(folder).eval()
-    network = _network(content)
+    network = _network(content, {**_CONFIGS, **(configs or {})})
     with torch.device("meta"):
         model = network.build()
     model.load_state_dict(read_tensors(folder), assign=True)
     return model.eval()
 
 
-def _network(content: Mapping[str, Any]) -> Network:
+def _network(content: Mapping[str, Any], configs: Mapping[str, type]) -> Network:
     """From config.json of our own layout."""
-    name = content.get("_class_name")
-    if name not in _CONFIGS:
+    name = str(content.get("_class_name"))
+    if name not in configs:
         raise ValueError(
-            f"_class_name={name!r} is not known; there are {', '.join(_CONFIGS)}, {WAN}"
+            f"_class_name={name!r} is not known; there are {', '.join(configs)}, {WAN}"
         )
-    config = _CONFIGS[name]
+    config = configs[name]
     unknown = content.keys() - {f.name for f in fields(config)} - {"_class_name", *_BESIDE}
     if unknown:
         raise ValueError(f"{name} has no {', '.join(sorted(unknown))}: a newer version wrote it")

@@ -97,7 +97,7 @@ class CodecConfig(Protocol):
 
     Latents are normalised already: `latent_mean` and `latent_std` are what is left of their
     statistics. The facts are no fields of the dataclass: fields are what a user chooses, and part
-    of a run's identity.
+    of a run's identity. The dataclass is hashable: a process builds one codec for each config.
     """
 
     @property

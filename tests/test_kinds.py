@@ -71,8 +71,63 @@ def test_its_yaml_may_lie_elsewhere(team: str, tmp_path: Path) -> None:
 def test_two_files_may_not_state_one_class(team: str, tmp_path: Path) -> None:
     package = Package.parse(team)
     write(tmp_path / team / "conf/model/again.yaml", f"_target_: {team}.wide.WideConfig\n")
-    with pytest.raises(ValueError, match="another file does"):
+    with pytest.raises(ValueError, match=r"as again\.yaml does; .* `defaults: \[again\]`"):
         Kinds(conf_dir(), [package]).config_class("model", "wide")
+
+
+@pytest.mark.parametrize("taken", ["model/dit_s.yaml", "experiment/demo.yaml", "config.yaml"])
+def test_a_file_that_would_not_be_read_is_refused(team: str, tmp_path: Path, taken: str) -> None:
+    """Hydra reads the first file of a name: another model than the team's would be trained."""
+    from framework.config import compose
+
+    write(tmp_path / team / "conf" / taken, f"_target_: {team}.wide.WideConfig\n")
+    with pytest.raises(ValueError, match=r"has the name of .*; rename it"):
+        compose([f"packages={team}"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["model=wide"], "no such choice; .*packages=NAME"),
+        (["packages={team}", "model=wid"], "did you mean wide?"),
+        (["experiment=dem"], "did you mean demo?"),
+        (["packages={team},other"], r"write several packages as 'packages=\[.*,other\]'"),
+        (["packages=[{team},{team}]"], "has the name of"),
+    ],
+)
+def test_a_wrong_choice_is_a_sentence(team: str, overrides: list[str], sentence: str) -> None:
+    from framework.config import compose
+
+    with pytest.raises(ValueError, match=sentence):
+        compose([text.replace("{team}", team) for text in overrides])
+
+
+@pytest.mark.parametrize(
+    ("code", "sentence"),
+    [
+        ("class LameConfig:\n    width: int = 3", "LameConfig lacks activation_bytes, build, "),
+        ("class LameConfig(:", "SyntaxError"),
+        ("class LameConfig:\n    width: int = undefined", "NameError: name 'undefined'"),
+    ],
+)
+def test_what_a_class_lacks_is_said_at_once(
+    team: str, tmp_path: Path, code: str, sentence: str
+) -> None:
+    from framework.config import compose
+
+    lines = f"from dataclasses import dataclass\n\n@dataclass(frozen=True)\n{code}\n"
+    write(tmp_path / team / "lame.py", lines)
+    write(tmp_path / team / "conf/model/lame.yaml", f"_target_: {team}.lame.LameConfig\n")
+    with pytest.raises(ValueError, match=sentence):
+        compose([f"packages={team}", "model=lame"])
+
+
+def test_broken_yaml_is_named(team: str, tmp_path: Path) -> None:
+    from framework.config import compose
+
+    write(tmp_path / team / "conf/model/broken.yaml", "width: [1\n")
+    with pytest.raises(ValueError, match=r"broken\.yaml is no YAML: "):
+        compose([f"packages={team}", "model=broken"])
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ Fréchet distance.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -99,6 +99,7 @@ def _settings(
         {
             "checkpoint": checkpoint_url,
             "evaluate": to_mapping(config),
+            "metrics": sorted(sample_metrics()),
             "sampler": {"kind": assembly.identity.values["sampler.kind"], **to_mapping(sampler)},
             "data": to_mapping(assembly.data),
             "seed": assembly.seed,
@@ -164,14 +165,17 @@ def evaluate(
         Sample(subject.caption, subject.real, video, subject.spec)
         for subject, video in zip(subjects, videos, strict=True)
     ]
-    for metric in sample_metrics():
+    for metric in sample_metrics().values():
         metrics |= {f"eval/{name}": value for name, value in metric(samples).items()}
     return Evaluation(step, metrics)
 
 
-def sample_metrics() -> Sequence[Metric]:
-    """What judges the videos of a checkpoint: the one place that names them all."""
-    return [VideoDistance(RandomConv3d()), prompt_following]
+def sample_metrics() -> Mapping[str, Metric]:
+    """What judges the videos of a checkpoint, by name: the one place that lists them all."""
+    return {
+        "video_distance": VideoDistance(RandomConv3d()),
+        "prompt_following": prompt_following,
+    }
 
 
 @dataclass(frozen=True)

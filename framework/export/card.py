@@ -85,10 +85,20 @@ def _how_to_load(layout: FolderFormat) -> str:
         "```python\n"
         "from pathlib import Path\n\n"
         "from model_zoo.folder import load_model\n\n"
-        'model = load_model(Path("this/folder"))\n'
+        f"{_load_call(layout)}\n"
         "```\n\n"
         f"diffusers does not load it ({layout.why_not_wan}). Latents and text are those of `codec` "
         "and `text` below; t = 0 is data and t = 1 is noise."
+    )
+
+
+def _load_call(layout: FolderFormat) -> str:
+    if layout.is_of_the_zoo:
+        return 'model = load_model(Path("this/folder"))'
+    name = layout.config["_class_name"]
+    return (
+        f"# {name}Config comes from the package that the model was trained with.\n"
+        f'model = load_model(Path("this/folder"), {{"{name}": {name}Config}})'
     )
 
 

@@ -56,6 +56,11 @@ class Identity:
         values = {key: value for key, value in self.values.items() if is_below(key, groups)}
         return Identity(values, [key for key in self.free if is_below(key, groups)])
 
+    @property
+    def packages(self) -> list[str]:
+        """Names of a team's own packages, without the folders of their YAML."""
+        return [str(text).partition(":")[0] for text in self.values.get("packages", ())]
+
     def parameters(self) -> dict[str, Any]:
         """For a person who looks for a run: a choice stands under its group, `model: dit_s`."""
         return {key.removeprefix("choices."): value for key, value in self.values.items()}

@@ -6,6 +6,7 @@ something to know about. All of it fits on one screen.
 """
 
 import hashlib
+import importlib
 import platform
 import shutil
 import time
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -156,15 +158,19 @@ def _check_object_store(needed_mb: int, has_mb: float) -> Check:
     return Check("object store", detail)
 
 
-def check_workers(run: Store, shards_url: str, shard: str, device: torch.device) -> list[Check]:
+def check_workers(
+    run: Store, shards_url: str, shard: str, device: torch.device, packages: Sequence[str] = ()
+) -> list[Check]:
     """Every rank calls it; all get the checks of all ranks, alike ones once.
+
+    packages: of a team's own, whose code must be equal as well.
 
     Storage and shards from each rank, versions and code equal on all, shared memory, and an
     all-reduce over all ranks. The last comes only where nothing else failed.
     """
     shards = Store(shards_url, run.retry)
     own = [check_storage(run), check_shards(shards, shard), *_check_shared_memory(device)]
-    mine = (platform.node(), versions(), own)
+    mine = (platform.node(), versions(packages), own)
     everyone: list[tuple[str, dict[str, str], list[Check]]] = [mine]
     dp_size = distributed.get_world_size() if distributed.is_initialized() else 1
     if dp_size > 1:
@@ -193,9 +199,12 @@ def _merged(everyone: list[tuple[str, list[Check]]]) -> list[Check]:
     return merged
 
 
-def versions() -> dict[str, str]:
-    """Of Python, of the packages that must agree, and of Longtake's own source."""
-    found = {"python": platform.python_version(), "longtake": code_fingerprint()}
+def versions(packages: Sequence[str] = ()) -> dict[str, str]:
+    """Of Python, of libraries that must agree, and of the source of Longtake and `packages`."""
+    code = code_fingerprint(framework, model_zoo)
+    found = {"python": platform.python_version(), "longtake": f"{framework.__version__}/{code}"}
+    for name in packages:
+        found[name] = code_fingerprint(importlib.import_module(name))
     for name in PACKAGES:
         try:
             found[name] = version(name)
@@ -204,14 +213,13 @@ def versions() -> dict[str, str]:
     return found
 
 
-def code_fingerprint() -> str:
-    """The package's version and a hash of its Python files, as this process imports them."""
+def code_fingerprint(*packages: ModuleType) -> str:
+    """A hash of the packages' Python files, as this process imports them."""
     digest = hashlib.blake2b(digest_size=4)
-    for package in (framework, model_zoo):
-        root = Path(str(package.__file__)).resolve().parent
+    for root in (Path(folder).resolve() for package in packages for folder in package.__path__):
         for path in sorted(root.rglob("*.py")):
             digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
-    return f"{framework.__version__}/{digest.hexdigest()}"
+    return digest.hexdigest()
 
 
 def _check_versions(everyone: list[tuple[str, dict[str, str]]]) -> Check:

@@ -16,7 +16,7 @@ from framework.data.index.shard import index_shard
 from framework.data.manifest.table import read_manifest
 from framework.data.shards.tar import write_shards
 from framework.demo.clips.moving_shapes import shard_samples
-from framework.evaluate.evaluate import Evaluation, evaluated, missed_gates
+from framework.evaluate.evaluate import Evaluation, evaluated, missed_gates, sample_metrics
 from framework.run.checkpoint import Checkpoints
 from framework.run.sharded_state import save_state, shapes_of
 from framework.storage import Store
@@ -101,6 +101,17 @@ def test_an_evaluation_is_kept_with_what_it_depends_on(config: RunConfig, run: S
         "evaluation/step-00000100-weights.json",
         "evaluation/step-00000100.json",
     ]
+
+
+def test_a_new_metric_is_not_read_from_before(
+    config: RunConfig, run: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluation(config, run)
+    metrics = {**sample_metrics(), "count": lambda samples: {"count": len(samples)}}
+    monkeypatch.setattr("framework.evaluate.evaluate.sample_metrics", lambda: metrics)
+    found, said = evaluation(config, run)
+    assert is_computed(said)
+    assert found.metrics["eval/count"] == 3
 
 
 def test_a_clip_that_cannot_be_read_is_skipped_by_name(config: RunConfig, run: Store) -> None:

@@ -1,6 +1,7 @@
 """A model comes back from its folder as it was, whichever model it is."""
 
 import json
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -112,6 +113,29 @@ def test_other_folders_are_refused(tmp_path: Path, change: dict, sentence: str) 
         load_model(tmp_path)
 
 
-def test_a_model_that_is_none_of_ours_is_refused() -> None:
-    with pytest.raises(ValueError, match="Network is not known; there are DiTConfig"):
-        folder_format(Network(NETWORKS["dit"], 3, None, 10))
+@dataclass(frozen=True)
+class WideConfig(UViTConfig):
+    """A model from elsewhere."""
+
+    bold: bool = True
+
+
+def test_a_model_from_elsewhere_goes_the_same_way(tmp_path: Path) -> None:
+    uvit = NETWORKS["uvit"]
+    network = replace(uvit, config=WideConfig(**vars(uvit.config), bold=False))
+    assert not folder_format(network).is_of_the_zoo
+    model = write(network, tmp_path)
+    with pytest.raises(ValueError, match="_class_name='Wide' is not known"):
+        load_model(tmp_path)
+    again = load_model(tmp_path, {"Wide": WideConfig})
+    assert isinstance(again.config, WideConfig)
+    assert not again.config.bold
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor)
+
+
+def test_a_name_of_the_zoo_is_not_given_twice() -> None:
+    uvit = NETWORKS["uvit"]
+    double = type("UViTConfig", (UViTConfig,), {})
+    with pytest.raises(ValueError, match="UViT is the name of another model"):
+        folder_format(replace(uvit, config=double(**vars(uvit.config))))

@@ -141,7 +141,7 @@ def main(folder: Path, trouble: str) -> None:
         (folder / "file").write_text("")
         run = folder / "file/run"
     if rank == 1 and trouble == "versions":  # there is one installation on this machine
-        preflight.versions = lambda: {**versions, "torch": "0.0.1"}
+        preflight.versions = lambda packages: {**versions, "torch": "0.0.1"}
     checks = check_workers(Store(run), f"{folder}/clips", "shard-000000.tar", CPU)
     found = {check.name: str(check) for check in checks}
     (folder / f"found-{rank}.json").write_text(json.dumps(found))

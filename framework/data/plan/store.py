@@ -60,7 +60,9 @@ class StepTotals:
     def averaged_over(self, what: str) -> int:
         """How many there are of what a loss is averaged over: a key of AVERAGED_OVER."""
         if what not in AVERAGED_OVER:
-            raise ValueError(f"{what!r} must be one of {', '.join(AVERAGED_OVER)}")
+            raise ValueError(
+                f"the objective's averaged_over={what!r} must be one of {', '.join(AVERAGED_OVER)}"
+            )
         return int(getattr(self, AVERAGED_OVER[what]))
 
 

@@ -1,4 +1,7 @@
-"""What judges the videos that a checkpoint makes: one small protocol."""
+"""What judges the videos that a checkpoint makes: one small protocol.
+
+A new metric is a file, and a line in `framework.evaluate.evaluate.sample_metrics`.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

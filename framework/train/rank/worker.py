@@ -70,7 +70,9 @@ def work(args: WorkerArgs) -> None:
 def _work(rank: Rank, watchdog: Watchdog) -> Tracker:
     """Train; the tracker that rank 0 told of it."""
     args, job = rank.args, rank.job
-    checks = check_workers(rank.store, args.shards_url, args.first_shard, rank.device)
+    checks = check_workers(
+        rank.store, args.shards_url, args.first_shard, rank.device, job.identity.packages
+    )
     if rank.is_first:
         show_checks(checks, "workers", lambda text: rank.tell({"text": text}))
     if why := refusal(checks):
