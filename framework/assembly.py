@@ -211,7 +211,9 @@ class Assembly:
                 shards=shards,
                 token_size=self.token_size,
                 exclude=exclude,
+                patch_size=self.patch_size,
                 patchify=patchifier,
+                vocab_size=self.text.vocab_size,
                 decode=self.encoders().latents_to_frames,
                 null_text=load_text(shards.read("null_text.safetensors")).numpy(),
             )

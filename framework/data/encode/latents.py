@@ -59,8 +59,12 @@ def dump_text(text: Tensor) -> bytes:
 
 
 def load_text(data: bytes) -> Tensor:
-    """The reverse of `dump_text`."""
-    return safetensors.torch.load(data)[_name("")]
+    """The reverse of `dump_text`, floats as float32; ValueError where it is something else."""
+    try:
+        text = safetensors.torch.load(data)[_name("")]
+    except (SafetensorError, KeyError) as error:
+        raise ValueError(f"not the text tokens of the empty caption: {error}") from error
+    return text.float() if text.is_floating_point() else text
 
 
 def _name(caption: str) -> str:

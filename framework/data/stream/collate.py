@@ -134,15 +134,23 @@ class VideoReader(ClipReader):
 
 @dataclass(frozen=True)
 class LatentReader(ClipReader):
-    """Reads clips that were encoded ahead.
+    """Reads clips that were encoded ahead, and takes nothing for granted of what is in them.
 
-    patchify: latents (C, F, h, w) -> float32 (n, P). decode: latents, number of frames -> uint8
-    (T, H, W, 3). null_text: text tokens of the empty caption.
+    patch_size: latents (time, height, width) in a token. patchify: latents (C, F, h, w) -> float32
+    (n, P). decode: latents, number of frames -> uint8 (T, H, W, 3). null_text: text tokens of the
+    empty caption. vocab_size: where text comes as ids, they are below it.
     """
 
+    patch_size: tuple[int, int, int]
     patchify: Callable[[torch.Tensor], np.ndarray]
     decode: Callable[[torch.Tensor, int], np.ndarray]
     null_text: np.ndarray
+    vocab_size: int | None
+
+    def __post_init__(self) -> None:
+        if not len(self.null_text):
+            raise ValueError(f"{self.shards.url}: its empty caption has no text token")
+        self._check_values(torch.from_numpy(self.null_text))
 
     def empty_text(self, clip: ClipPlan) -> np.ndarray:
         """As many tokens as the plan has; they meet no video token that counts."""
@@ -157,9 +165,33 @@ class LatentReader(ClipReader):
         if zlib.crc32(data) != clip.checksum:
             raise VideoError("its latents have changed since the manifest was made (checksum)")
         try:
-            return load_clip(data, clip.caption)
+            latents, text = load_clip(data, clip.caption)
+            self._check(clip, latents, text)
         except ValueError as error:
             raise VideoError(str(error)) from error
+        return latents, text
+
+    def _check(self, clip: ClipPlan, latents: torch.Tensor, text: torch.Tensor) -> None:
+        """ValueError where a clip holds something else than the plan, codec and encoder say."""
+        sizes = tuple(n * p for n, p in zip(clip.grid, self.patch_size, strict=True))
+        shape = (self.token_size // prod(self.patch_size), *sizes)
+        if latents.shape != shape:
+            raise ValueError(f"its latents are {tuple(latents.shape)}; the plan has {shape}")
+        if not latents.isfinite().all():
+            raise ValueError("its latents are not all finite")
+        null_text = torch.from_numpy(self.null_text)
+        shape = (clip.text_tokens, *null_text.shape[1:])
+        if text.shape != shape or text.dtype != null_text.dtype:
+            found = f"{text.dtype} {tuple(text.shape)}"
+            raise ValueError(f"its text is {found}; the plan has {null_text.dtype} {shape}")
+        self._check_values(text)
+
+    def _check_values(self, text: torch.Tensor) -> None:
+        if self.vocab_size is None:
+            if not text.isfinite().all():
+                raise ValueError("its text is not all finite")
+        elif not ((text >= 0) & (text < self.vocab_size)).all():
+            raise ValueError(f"its text has ids that are not in 0 to {self.vocab_size - 1}")
 
     def _frames(self, clip: ClipPlan, data: bytes) -> np.ndarray:
         return self.decode(self._load(clip, data)[0], clip.view.num_frames)

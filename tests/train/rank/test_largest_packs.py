@@ -159,8 +159,10 @@ def test_latents_give_the_empty_caption_of_their_own(tmp_path: Path) -> None:
         shards=Store(tmp_path),
         token_size=4,
         exclude=frozenset(),
+        patch_size=(1, 1, 1),
         patchify=lambda latents: latents.numpy(),
         decode=lambda latents, num_frames: latents.numpy(),
+        vocab_size=None,
         null_text=np.arange(6, dtype=np.float32).reshape(3, 2),
     )
     pack = largest_packs(RECIPE, latents, 20)[0]
