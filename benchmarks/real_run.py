@@ -65,7 +65,8 @@ class RealRun:
         self.mlflow = mlflow or f"sqlite:///{folder}/mlflow.db"
         own = [f"run.root={root}", "run.name=run", f"tracking.uri={self.mlflow}"]
         self._command = [sys.executable, "-m", "framework.train", *overrides, *own]
-        self._environment = {**os.environ, **(environment or {}), "HOME": f"{folder}/home"}
+        home = {"HOME": f"{folder}/home", "XDG_CACHE_HOME": f"{folder}/home/.cache"}
+        self._environment = {**os.environ, **(environment or {}), **home}
         self.process: subprocess.Popen[bytes] | None = None
         self.steps: list[Step] = []
         self._offset = self._attempt = 0

@@ -58,6 +58,18 @@ def relative_l2(ours: Tensor, theirs: Tensor) -> float:
     return ((ours - theirs).norm() / theirs.norm().clamp(min=1e-6)).item()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Runs keep their files in a cache of the tests'; what torch compiles stays where it was."""
+    cache = tmp_path_factory.mktemp("cache")
+    known = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "torch_extensions")
+    (cache / "torch_extensions").symlink_to(known)
+    known.mkdir(parents=True, exist_ok=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(cache))
+        yield
+
+
 @pytest.fixture
 def small_line(tmp_path: Path) -> list[str]:
     """Overrides of a run named `small` below tmp_path."""

@@ -77,6 +77,7 @@ FLOORS = (
         "framework.contact_sheet",
         "framework.kinds",
         "framework.mapping",
+        "framework.private_files",
         "framework.seeding",
         "framework.storage",
         "framework.train.collectives",
@@ -304,6 +305,7 @@ def test_what_is_allowed_passes(file: str, source: str) -> None:
 LIGHT = (
     "framework/batch.py",
     "framework/mapping.py",
+    "framework/private_files.py",
     "framework/seeding.py",
     "framework/storage.py",
     "framework/data/manifest/*",

@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Iterable
 from pathlib import Path
 
+from framework.private_files import user_cache
 from framework.storage import Store
 from framework.tracking.tracker import Tracker, TrackerConfig
 
@@ -46,4 +47,4 @@ def _journal_dir(run: Store, role: str) -> Path:
     if run.is_local:
         return run.local_path() / "journal" / role
     folder = hashlib.blake2b(run.url.encode(), digest_size=8).hexdigest()
-    return Path.home() / ".cache" / "longtake" / folder / role
+    return user_cache(folder, role)

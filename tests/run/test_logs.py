@@ -71,12 +71,30 @@ def test_the_last_words_of_a_crash_are_kept_and_still_shown(tmp_path: Path) -> N
 def test_the_file_goes_to_object_storage_at_the_end(
     s3_bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     done = run(CATCH, f"{s3_bucket}/run")
     assert done.returncode == 0, done.stderr
+    (kept,) = (tmp_path / "longtake").glob("*/logs/driver-*.log")
+    assert b"a line from C" in kept.read_bytes()
+    assert {path.stat().st_mode & 0o77 for path in kept.parents[:3]} == {0}
     (name,) = Store(f"{s3_bucket}/run").list("logs")
     assert name.startswith("logs/driver-")
     assert b"a line from C" in Store(f"{s3_bucket}/run").read(name)
+
+
+def test_a_link_in_the_place_of_a_log_is_not_followed(
+    s3_bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    secret = tmp_path / "id_ed25519"
+    secret.write_text("private")
+    log = RunLog(Store(f"{s3_bucket}/run"), "driver")
+    log.path.symlink_to(secret)
+    for attack in (log.save, log.copy, log.catch().__enter__):
+        with pytest.raises(ValueError, match="is a symbolic link"):
+            attack()
+    assert secret.read_text() == "private"
+    assert not Store(f"{s3_bucket}/run").list()
 
 
 def test_a_second_start_adds_to_the_file(tmp_path: Path) -> None:
