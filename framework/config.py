@@ -29,6 +29,7 @@ from framework.data.config import DataConfig
 from framework.diffusion.samplers import SamplerConfig
 from framework.evaluate.config import EvaluateConfig
 from framework.export.config import ExportConfig
+from framework.hydra_limits import check_option, check_override
 from framework.kinds import Kinds, Package
 from framework.mapping import flatten, free, free_keys, masked, to_mapping, unflatten
 from framework.objectives.objective import ObjectiveConfig
@@ -224,7 +225,9 @@ def _for_hydra(arguments: Sequence[str]) -> list[str]:
         name, _, value = argument.partition("=")
         try:
             parsed = None
-            if not argument.startswith("-"):
+            if argument.startswith("-"):
+                check_option(argument)
+            else:
                 parsed = OverridesParser.create().parse_override(argument)
         except HydraException as error:
             raise ValueError(
@@ -232,6 +235,12 @@ def _for_hydra(arguments: Sequence[str]) -> list[str]:
                 f"within: '{name}=\"{value}\"'"
             ) from error
         name = name.lstrip("+")
+        if parsed is not None:
+            key = (
+                f"{parsed.key_or_group}@{parsed.package}" if parsed.package else parsed.key_or_group
+            )
+            given = None if parsed.is_sweep_override() else parsed.value()
+            check_override(argument, str(key), given)
         if name == "packages" and parsed is not None:
             if parsed.is_sweep_override():
                 raise ValueError(f"{argument}: write several packages as 'packages=[{value}]'")

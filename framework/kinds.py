@@ -10,12 +10,15 @@ A package of a team's own has such files in a folder `conf/` of its own, see `Pa
 import functools
 import importlib
 import importlib.util
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from framework.hydra_limits import check_yaml
 
 OUR_PREFIXES = ("framework.", "model_zoo.")
 
@@ -53,19 +56,22 @@ class Kinds:
     """The kinds of each group, of Longtake and of packages."""
 
     def __init__(self, conf: Path, packages: Sequence[Package] = ()) -> None:
-        """ValueError where a file of a package has a name that is taken: it would not be read."""
+        """ValueError where a file of a package has a name that is taken: it would not be read.
+
+        And where a file is no YAML, or tells Hydra more than it may: see `framework.hydra_limits`.
+        """
         self._folders = (conf, *(package.conf for package in packages))
         self._prefixes = (*OUR_PREFIXES, *(f"{package.name}." for package in packages))
         taken: dict[str, Path] = {}
         for folder in self._folders:
-            for path in sorted(folder.rglob("*.yaml")):
+            for path in sorted(_yaml_files(folder)):
                 name = path.relative_to(folder).as_posix()
                 if name in taken:
                     raise ValueError(f"{path} has the name of {taken[name]}; rename it")
                 taken[name] = path
-        for package in packages:
-            for path in sorted(package.conf.rglob("*.yaml")):
-                _read(path)  # Hydra's own words on a broken one are a traceback
+                if path != conf / "config.yaml":
+                    found = path.stat()
+                    _check(path, name, (found.st_mtime_ns, found.st_size, found.st_ino))
 
     def choices(self, group: str) -> list[str]:
         """What `group=` takes."""
@@ -123,9 +129,25 @@ class Kinds:
         return found
 
 
+def _yaml_files(folder: Path) -> Iterator[Path]:
+    """All that Hydra may read in a folder, which follows links."""
+    seen = set()
+    for root, names, files in os.walk(folder, followlinks=True):
+        seen.add(os.path.realpath(root))
+        names[:] = [n for n in names if os.path.realpath(os.path.join(root, n)) not in seen]
+        yield from (Path(root, name) for name in files if name.endswith(".yaml"))
+
+
+@functools.lru_cache(maxsize=1024)
+def _check(path: Path, name: str, stamp: tuple[int, ...]) -> None:
+    """Check a file once, as long as `stamp` says that it is the same."""
+    content = _read(path)  # Hydra's own words on a broken one are a traceback
+    check_yaml(name, path.read_text(encoding="utf-8"), content)
+
+
 def _read(path: Path) -> Any:
     try:
-        return yaml.safe_load(path.read_text())
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
 

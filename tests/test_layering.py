@@ -75,7 +75,7 @@ FLOORS = (
         "framework.batch",
         "framework.cluster",
         "framework.contact_sheet",
-        "framework.kinds",
+        "framework.hydra_limits",
         "framework.mapping",
         "framework.private_files",
         "framework.seeding",
@@ -85,7 +85,13 @@ FLOORS = (
         "framework.video",
         "model_zoo",
     ),
-    ("framework.diffusion", "framework.encoders", "framework.run", "framework.tracking"),
+    (
+        "framework.diffusion",
+        "framework.encoders",
+        "framework.kinds",
+        "framework.run",
+        "framework.tracking",
+    ),
     ("framework.objectives", "framework.terminal"),
     ("framework.data",),
     ("framework.assembly", "framework.demo.clips", "framework.demo.local_s3"),
@@ -304,6 +310,7 @@ def test_what_is_allowed_passes(file: str, source: str) -> None:
 
 LIGHT = (
     "framework/batch.py",
+    "framework/hydra_limits.py",
     "framework/mapping.py",
     "framework/private_files.py",
     "framework/seeding.py",

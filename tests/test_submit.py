@@ -11,6 +11,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,6 +169,23 @@ def test_the_line_runs_as_a_job(
     assert f"no Ray cluster can be joined at {cluster.address}" in said
     assert "RAY_AUTH_TOKEN_PATH must be as on the head" in said
     assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("include_gitignore", [True, False])
+def test_secrets_stay_at_home(include_gitignore: bool, tmp_path: Path) -> None:
+    from ray._private.runtime_env.packaging import create_package
+
+    code = tmp_path / "code"
+    secret = (".git/config", ".env", ".env.local", "conf/.env", "id.pem", "a/tls.key", ".netrc")
+    for name in (*secret, "conf/config.yaml"):
+        (code / name).parent.mkdir(parents=True, exist_ok=True)
+        (code / name).write_text("x")
+    for name in (".gitignore", ".rayignore"):
+        shutil.copy(ROOT / name, code)
+    create_package(str(code), tmp_path / "code.zip", include_gitignore, excludes=[])
+    with zipfile.ZipFile(tmp_path / "code.zip") as package:
+        files = {name for name in package.namelist() if not name.endswith("/")}
+    assert files == {".gitignore", ".rayignore", "conf/config.yaml"}
 
 
 def stop_it(cluster: Cluster, code: Path, line: list[str], tmp_path: Path) -> None:
