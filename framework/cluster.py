@@ -1,6 +1,10 @@
 """Where a run computes: a Ray cluster that stands, or one started here for the run."""
 
+import atexit
 import os
+import secrets
+import shutil
+import tempfile
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +28,7 @@ class ClusterConfig:
 
     `address` None takes `$RAY_ADDRESS` (which `ray job submit` sets) and else starts Ray on this
     machine, with `num_cpus` logical CPUs: train workers and decode tasks are counted against them.
+    That Ray has a token of its own; one that stands is joined by the user's `RAY_AUTH_…` settings.
 
     `num_workers`: data-parallel ranks, or [min, max] of them: as many as there is room for, fewer
     when nodes go and more when they come, with the same global batches.
@@ -74,7 +79,10 @@ class ClusterConfig:
 
 
 def connect(config: ClusterConfig) -> None:
-    """Connect this process to Ray, or start it; does nothing where it is connected already."""
+    """Connect this process to Ray, or start it; does nothing where it is connected already.
+
+    A Ray that is started here takes nobody else's commands, whatever `RAY_AUTH_MODE` says.
+    """
     # Ray reads these at import; a value that the user set stays.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
@@ -91,16 +99,50 @@ def connect(config: ClusterConfig) -> None:
     if address := config.standing_address:
         _join(address)
         return
-    # A file ~/.ray/auth_token would turn authentication on by itself; say the mode.
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    _lock()
     ray.init(
         address="local",
+        _temp_dir=_private_temp_dir(),
         num_cpus=config.num_cpus,
         object_store_memory=config.object_store_mb << 20,
         include_dashboard=False,
         log_to_driver=False,
         logging_level="WARNING",
     )
+
+
+def _lock() -> None:
+    """Give the Ray that is about to start a token of its own.
+
+    Its ports are open to the machine's users and to its network, and whoever may speak to it runs
+    code as this user. What Ray starts inherits the token.
+    """
+    from ray._raylet import (  # type: ignore[attr-defined]  # Cython, without stubs
+        AuthenticationTokenLoader,
+        Config,
+    )
+
+    os.environ["RAY_AUTH_MODE"] = "token"
+    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    Config.initialize("")  # the mode was read when Ray was imported
+    AuthenticationTokenLoader.instance().reset_cache()
+
+
+def _private_temp_dir() -> str:
+    """A folder for Ray's sockets and logs, within one of mode 0700; both go at exit.
+
+    Ray gives its own folder the mode 0777.
+    """
+    folder = tempfile.mkdtemp(prefix="ray-", dir=os.environ.get("RAY_TMPDIR"))
+
+    def remove() -> None:
+        import ray
+
+        ray.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
+
+    atexit.register(remove)
+    return f"{folder}/ray"
 
 
 def _join(address: str) -> None:

@@ -50,6 +50,15 @@ TABLE = (
         "which nodes are being drained: the state API calls them alive, and "
         "ray.train.get_preemption_info is a barrier over all ranks",
     ),
+    *(
+        Part(
+            f"ray._raylet.{name}",
+            "framework/cluster.py",
+            "Ray reads RAY_AUTH_MODE when it is imported and keeps a token that it has read: this "
+            "is how Ray itself turns tokens on for a cluster that it starts",
+        )
+        for name in ("AuthenticationTokenLoader", "Config")
+    ),
     Part(
         "ray.data._internal.cluster_autoscaler",
         "benchmarks/scale.py",
