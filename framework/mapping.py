@@ -8,8 +8,8 @@ from typing import Any
 # `scheme://user:password@host`; a password may hold @ and /, so that the last @ ends it.
 _PASSWORD = re.compile(r"(\w+://[^/:@\s]*):\S*@")
 _TOKEN = re.compile(r"(\w+://)[^/:@\s]+@")  # a user alone may be a token
-_SECRET = r"(?:password|passwd|secret|token|api_?key|access_?key|secret_?key|signature)"
-_SECRET_OPTION = re.compile(rf"([?&](?:[\w-]+[_-])?{_SECRET}=)[^&\s]*", re.I)
+_SECRET = r"(?:password|passwd|pwd|secret|token|api_?key|access_?key|secret_?key|signature)"
+_SECRET_OPTION = re.compile(rf"([?&;](?:[\w-]+[_-])?{_SECRET}=)[^&;\s]*", re.I)
 _SECRET_FIELD = re.compile(rf"(?:^|[._]){_SECRET}$", re.I)
 MASK = "***"
 
@@ -95,6 +95,11 @@ def mask_url(url: str) -> str:
     """A URL as it may be shown and stored."""
     url = _TOKEN.sub(rf"\1{MASK}@", _PASSWORD.sub(rf"\1:{MASK}@", url))
     return _SECRET_OPTION.sub(rf"\1{MASK}", url)
+
+
+def has_password(url: str) -> bool:
+    """Whether a URL holds a password that is not masked yet: before its host, or as an option."""
+    return url != _SECRET_OPTION.sub(rf"\1{MASK}", _PASSWORD.sub(rf"\1:{MASK}@", url))
 
 
 def _mask(value: Any) -> Any:

@@ -12,9 +12,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
-from framework.mapping import mask_url
+from framework.mapping import has_password, mask_url
 from framework.tracking.journal import Journal
 from framework.tracking.tracker import Tracker
 
@@ -22,11 +22,21 @@ if TYPE_CHECKING:
     from framework.tracking.mlflow_tracker import MlflowTracker
 
 
+# Where what opens a URI looks for the password, by the URI's scheme: MLflow itself (its
+# `read_mlflow_creds`), libpq, or a driver for MySQL or SQL Server.
+_PASSWORDS = {
+    "http": "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or in ~/.mlflow/credentials",
+    "postgresql": "PGPASSWORD, or in ~/.pgpass; the user may stay",
+    "mysql": "a file of the driver's, by mysql+pymysql://HOST/DATABASE?read_default_file=~/.my.cnf",
+    "mssql": "an `mlflow server` beside the database, and name that one",
+}
+
+
 @dataclass(frozen=True)
 class MlflowConfig:
     """MLflow at `uri`: a server (`http://…`) or a database (`sqlite:///relative/path.db`, …).
 
-    User and password belong into `MLFLOW_TRACKING_USERNAME` and `MLFLOW_TRACKING_PASSWORD`.
+    It holds no password, see `_PASSWORDS`: whoever sees the command or the run's job would read it.
     """
 
     uri: str = "sqlite:///runs/mlflow.db"
@@ -40,6 +50,13 @@ class MlflowConfig:
             raise ValueError(
                 f"uri={mask_url(self.uri)!r} must start with one of {', '.join(schemes)} (MLflow "
                 "gives up plain file stores); try sqlite:///runs/mlflow.db"
+            )
+        scheme = urlsplit(self.uri).scheme.split("+")[0].replace("https", "http")
+        is_user_secret = scheme == "http" and mask_url(self.uri) != self.uri  # it may be a token
+        if is_user_secret or has_password(self.uri) or has_password(unquote(self.uri)):
+            raise ValueError(
+                "uri holds a password or token, which everybody reads who sees the command; put it "
+                f"on every node into {_PASSWORDS.get(scheme, 'the environment')}"
             )
         if not self.experiment:
             raise ValueError("experiment='' must not be empty; try experiment=longtake")

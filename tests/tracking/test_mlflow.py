@@ -319,11 +319,37 @@ def test_no_tracker_takes_the_same_calls(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_passwords_stay_out_of_the_journal(tmp_path: Path, dead_uri: str) -> None:
-    uri = dead_uri.replace("//", "//user:secret@")
-    tracker = open_run(MlflowConfig(uri), tmp_path)
-    tracker.close(timeout_s=0.0)
-    assert "secret" not in (tmp_path / Journal.NAME).read_text()
+@pytest.mark.parametrize(
+    ("uri", "way"),
+    [
+        ("http://user:s3cret@mlflow:5000", "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"),
+        ("https://s3cret@mlflow", "MLFLOW_TRACKING_PASSWORD, or in ~/.mlflow/credentials"),
+        ("https://mlflow/x?api_key=s3cret", "MLFLOW_TRACKING_USERNAME"),
+        ("postgresql://user:s3cret@host/mlflow", "PGPASSWORD, or in ~/.pgpass"),
+        ("postgresql+psycopg://host/mlflow?user=u&password=s3cret", "PGPASSWORD"),
+        ("postgresql://:s3cret@host/mlflow", "PGPASSWORD"),
+        ("postgresql://user%3As3cret%40host/mlflow", "PGPASSWORD"),
+        ("mysql+pymysql://u:s3cret@host/mlflow", r"read_default_file=~/\.my\.cnf"),
+        ("mssql+pyodbc://u:s3cret@host/mlflow", "`mlflow server`"),
+        ("mssql+pyodbc:///?odbc_connect=SERVER%3Dh%3BUID%3Du%3BPWD%3Ds3cret", "`mlflow server`"),
+    ],
+)
+def test_a_uri_with_a_password_is_refused(uri: str, way: str) -> None:
+    with pytest.raises(ValueError, match=way) as caught:
+        MlflowConfig(uri)
+    assert "s3cret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        *("http://mlflow:5000/a", "postgresql://user@host/mlflow?sslmode=require"),
+        *("sqlite:////a:b@c/x.db", "mysql+pymysql://host/mlflow?read_default_file=~/.my.cnf"),
+        *("postgresql://user:***@host/mlflow", "http://***@mlflow"),  # as earlier runs keep it
+    ],
+)
+def test_a_uri_without_one_is_taken(uri: str) -> None:
+    assert MlflowConfig(uri).uri == uri
 
 
 class Server:
