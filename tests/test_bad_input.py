@@ -225,6 +225,9 @@ TYPED = {
     "an unknown scheme": ("run.root=http://host/x", "scheme 'http' is not supported"),
     "no bucket": ("run.root=s3://", "names no bucket; write s3://bucket/prefix"),
     "a plain file store for MLflow": ("tracking.uri=./mlruns", "must start with one of http"),
+    "a password for MLflow": ("tracking.uri=http://me:x@host", "uri holds a password or token"),
+    "a callback of Hydra's": ("+hydra.callbacks.x.y=1", "of Hydra's own section an override sets"),
+    "a folder of YAML for Hydra": ("--config-dir=/x", "--config-dir=/x: no such option"),
     "a misspelt column": ('data.where="hieght>4"', "did you mean height?"),
     "a filter without quotes": (
         "data.where=height>4",
