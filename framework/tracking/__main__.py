@@ -1,22 +1,28 @@
-"""`python -m framework.tracking JOURNAL_FOLDER [URI]`: send what a dead run left behind."""
+"""`python -m framework.tracking JOURNAL_FOLDER tracking.uri=URI`: send what a dead run left behind.
+
+The address is the caller's: MLflow gets credentials from the environment and `~/.netrc`, and a
+journal may come from a stranger.
+"""
 
 import sys
 from pathlib import Path
 
-from framework.tracking.journal import Journal
 from framework.tracking.mlflow import MlflowConfig
+
+_URI = "tracking.uri="
 
 
 def main(arguments: list[str]) -> int:
     """The exit status: 0 where all was sent, 1 where some is left, 2 for a mistake."""
-    if len(arguments) not in (1, 2):
-        print("usage: python -m framework.tracking JOURNAL_FOLDER [URI]", file=sys.stderr)
+    if len(arguments) != 2 or not arguments[1].startswith(_URI):
+        print(
+            "usage: python -m framework.tracking JOURNAL_FOLDER tracking.uri=URI", file=sys.stderr
+        )
         return 2
     folder = Path(arguments[0])
-    header = Journal(folder, None, None, {}).header if (folder / Journal.NAME).exists() else {}
     try:
-        config = MlflowConfig(uri=arguments[1] if len(arguments) == 2 else header.get("uri", ""))
-        done = config.replay(folder, timeout_s=600)
+        config = MlflowConfig(uri=arguments[1].removeprefix(_URI))
+        done = config.replay(folder, 600, lambda text: print(text, file=sys.stderr))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
 from framework.mapping import has_password, mask_url
-from framework.tracking.journal import Journal
+from framework.tracking.journal import RUN_KEY, Journal
 from framework.tracking.tracker import Tracker
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ class MlflowConfig:
         process left in `journal_dir`. Returns after the first answer from MLflow, or the first
         failure to get one.
         """
-        if run_key is not None and not re.fullmatch(r"[\w./:~+=,@-]+", run_key):
+        if run_key is not None and not re.fullmatch(RUN_KEY, run_key):
             raise ValueError(
                 f"run_key={run_key!r} must be of letters, digits and . / : ~ + = , @ -"
             )
@@ -149,11 +149,20 @@ class MlflowConfig:
         tracker.start({**(tags or {})}, reopen)
         return tracker
 
-    def replay(self, journal_dir: Path, timeout_s: float) -> bool:
-        """Send what is left in a journal and nothing else; whether all of it was taken."""
+    def replay(
+        self, journal_dir: Path, timeout_s: float, say: Callable[[str], None] = lambda text: None
+    ) -> bool:
+        """Send what is left in a journal, and nothing else, to `uri`; whether all of it was taken.
+
+        `say` is told where the journal names another address: a folder from elsewhere does not
+        choose who gets the user's credentials. ValueError where `journal_dir` holds no journal.
+        """
         if not (journal_dir / Journal.NAME).exists():
             raise ValueError(f"journal_dir={str(journal_dir)!r} holds no {Journal.NAME}")
         journal = Journal(journal_dir, None, None, {})
+        named, here = journal.header.get("uri"), self.absolute(Path.cwd()).uri_without_password
+        if named != here:
+            say(f"the journal names MLflow at {named!r}; it is sent to {here}")
         tracker = self._tracker(journal, str(journal.header.get("name", "")), None)
         tracker.start(None)
         done = tracker.flush(timeout_s)

@@ -15,14 +15,13 @@ import re
 import shutil
 import threading
 import time
-import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from framework.tracking.journal import Journal
+from framework.tracking.journal import Foreign, Journal
 from framework.tracking.tracker import Status
 
 _logger = logging.getLogger(__name__)
@@ -146,12 +145,14 @@ class MlflowTracker:
         self._thread.join(timeout=1.0)
         if not sent:
             _logger.warning(
-                "MLflow has not got all of this run; `python -m framework.tracking %s` sends it",
+                "MLflow has not got all of this run; `python -m framework.tracking %s "
+                "tracking.uri=%s` sends it",
                 self._journal.folder,
+                self._server.shown_uri,
             )
         if self._num_refused or self._num_lost:
             _logger.warning(
-                "MLflow refused %d entries, %d were lost to a full disk",
+                "%d entries were refused, %d were lost to a full disk",
                 self._num_refused,
                 self._num_lost,
             )
@@ -167,9 +168,8 @@ class MlflowTracker:
             self._cond.notify_all()
 
     def _stage(self, write: Callable[[Path], object], name: str, folder: str) -> None:
-        staged = Path("artifacts", uuid.uuid4().hex[:12], name)
         try:
-            (self._journal.folder / staged).parent.mkdir(parents=True)
+            staged = self._journal.stage(name)
             write(self._journal.folder / staged)
         except OSError as error:
             _logger.error("artifact %s is lost: %s", name, error)
@@ -228,9 +228,10 @@ class MlflowTracker:
         if batch[0][1] > self._singly_until and batch[0][0].get("op") in _BATCHED:
             batch = list(takewhile(lambda line: line[0].get("op") in _BATCHED, entries))
         try:
-            self._run.apply([entry for entry, _ in batch], self._journal.folder)
+            self._run.apply([entry for entry, _ in batch], self._journal)
         except Exception as error:
-            refused = getattr(error, "error_code", "") == "INVALID_PARAMETER_VALUE"
+            by_mlflow = getattr(error, "error_code", "") == "INVALID_PARAMETER_VALUE"
+            refused = by_mlflow or isinstance(error, Foreign)
             if refused and len(batch) > 1:  # find the one at fault
                 self._singly_until = batch[-1][1]
                 return True
@@ -238,7 +239,9 @@ class MlflowTracker:
                 raise
             self._num_refused += 1
             if self._num_refused == 1:
-                _logger.warning("MLflow refused %s (later ones are counted): %s", batch, error)
+                _logger.warning(
+                    "an entry is refused (later ones are counted): %s: %s", batch, error
+                )
         if self._down:
             _logger.warning("MLflow takes this run's figures again")
         self._tries, self._max_lines, self._down = 0, _MAX_LINES, False
@@ -276,8 +279,11 @@ class _Run:
         """Raise where MLflow does not answer."""
         self._client.get_run(self.run_id)
 
-    def apply(self, entries: list[dict[str, Any]], folder: Path) -> None:
-        """Carry out journal lines: several batched ones, or one other."""
+    def apply(self, entries: list[dict[str, Any]], journal: Journal) -> None:
+        """Carry out lines of a journal: several batched ones, or one other.
+
+        Foreign where one names a file that the journal does not keep.
+        """
         entry = entries[0]
         match entry.get("op"):
             case "params" | "metrics" | "tags":
@@ -288,8 +294,7 @@ class _Run:
             case "close":
                 self._client.set_terminated(self.run_id, entry["status"], entry["time"])
                 self._status = entry["status"]
-            case "artifact" if (folder / entry["file"]).exists():  # else an earlier send removed it
-                path = folder / entry["file"]
+            case "artifact" if path := journal.staged(entry.get("file")):
                 self._client.log_artifact(self.run_id, str(path), entry["folder"] or None)
                 shutil.rmtree(path.parent, ignore_errors=True)
             case "checkpoint" if self._model(entry["step"]) is None:

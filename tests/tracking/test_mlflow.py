@@ -206,7 +206,7 @@ def test_kill_9_loses_nothing_and_doubles_nothing(
     expected = [(step, 0.5 * step) for step in steps]
     assert points(config, run_id, "train/loss") == expected
     (folder / "journal.ack").unlink()  # a journal brought to another machine
-    assert main([str(folder)]) == 0
+    assert main([str(folder), f"tracking.uri={config.uri}"]) == 0
     assert points(config, run_id, "train/loss") == expected
     assert len(points(config, run_id, "train/lr")) == len(steps)
     assert num_runs(config) == 1
@@ -254,7 +254,74 @@ def test_what_mlflow_refuses_holds_up_nothing(
     tracker.close()
     assert points(config, tracker.run_id, "train/loss") == [(0, 1.0), (1, 2.0)]
     assert client(config.uri).get_run(tracker.run_id).data.tags["status"] == "fine"
-    assert "refused 2 entries" in caplog.text
+    assert "2 entries were refused" in caplog.text
+
+
+def strange_journal(folder: Path, *entries: dict[str, Any], **header: Any) -> Path:
+    """A run's journal as a stranger may write it."""
+    lines = [{"op": "run", "key": "key", "run_id": None, "name": "a", **header}, *entries]
+    folder.mkdir(parents=True)
+    (folder / Journal.NAME).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def test_a_strange_journal_sends_and_deletes_no_file_but_its_own(
+    config: MlflowConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    private = tmp_path / "private"
+    private.mkdir()
+    (private / "key").write_text("secret")
+    names = [
+        str(private / "key"),
+        "../private/key",
+        "artifacts/../../private/key",
+        "artifacts/000000000000/..",
+        "artifacts/00000000000a/key",  # a folder that is a link
+        "artifacts/00000000000b/key",  # a file that is one
+        "journal.jsonl",
+        None,
+        7,
+    ]
+    entries = [{"op": "artifact", "file": name, "folder": ""} for name in names]
+    folder = strange_journal(tmp_path / "run/journal", *entries, {"op": "artifact"})
+    (folder / "artifacts/00000000000b").mkdir(parents=True)
+    (folder / "artifacts/00000000000a").symlink_to(private)
+    (folder / "artifacts/00000000000b/key").symlink_to(private / "key")
+    assert config.replay(folder, WAIT_S)
+    run_id = Journal(folder, None, None, {}).run_id
+    assert client(config.uri).list_artifacts(run_id) == []
+    assert (private / "key").read_text() == "secret"
+    assert f"{len(names) + 1} entries were refused" in caplog.text
+
+
+def test_a_strange_journal_writes_nothing_elsewhere(tmp_path: Path) -> None:
+    folder = strange_journal(tmp_path / "keyed", key="../../out")
+    (folder / "journal-..").mkdir()
+    Journal(folder, "another", None, {})  # sets the other run's aside
+    assert not (tmp_path / "out.jsonl").exists()
+    assert (folder / "journal-.._.._out.jsonl").is_file()
+    for key in (None, "", "' OR name != '"):
+        with pytest.raises(ValueError, match="no key of a run"):
+            Journal(strange_journal(tmp_path / f"key {key}", key=key), None, None, {})
+    (tmp_path / "notes").write_text("a line\nwithout an end")
+    for name in (Journal.NAME, "journal.ack", "journal.ack.tmp", "artifacts"):
+        (tmp_path / f"linked {name}").mkdir()
+        (tmp_path / f"linked {name}" / name).symlink_to(tmp_path / "notes")
+        with pytest.raises(ValueError, match="is a symbolic link"):
+            Journal(tmp_path / f"linked {name}", None, None, {})
+    assert (tmp_path / "notes").read_text() == "a line\nwithout an end"
+
+
+def test_a_journal_does_not_choose_where_it_is_sent(
+    config: MlflowConfig, dead_uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = strange_journal(tmp_path / "journal", uri=dead_uri)
+    for arguments in ([str(folder)], [str(folder), config.uri], [str(folder), "uri="]):
+        assert main(arguments) == 2
+        assert "JOURNAL_FOLDER tracking.uri=URI" in capsys.readouterr().err
+    assert main([str(folder), f"tracking.uri={config.uri}"]) == 0
+    assert f"the journal names MLflow at {dead_uri!r}; it is sent to" in capsys.readouterr().err
+    assert num_runs(config) == 1
 
 
 def test_a_long_journal_starts_over_once_it_is_sent(tmp_path: Path) -> None:
