@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from framework.data.config import DataConfig
+from framework.data.config import DataConfig, split_shards_url
 from framework.data.encode.latents import load_text
 from framework.data.manifest.table import Manifest, read_clip_ids, read_manifest
 from framework.data.plan.cost import CostModel
@@ -146,7 +146,12 @@ class Assembly:
     def open_manifest(self, fingerprint: str | None = None) -> Manifest:
         """Of what training reads: videos, or latents. ValueError where they are of another line."""
         url = self.data.latents or self.data.manifest
-        manifest = read_manifest(Store(url, self.retry), fingerprint)
+        manifest = read_manifest(
+            Store(url, self.retry),
+            fingerprint,
+            shards=split_shards_url(self.data.shards)[0],
+            anywhere=self.data.index.anywhere,
+        )
         if manifest.encoding and not self.data.latents:
             raise ValueError(f"data.manifest={url!r} is of latents; set data.latents to it")
         if self.data.latents:
@@ -204,7 +209,9 @@ class Assembly:
 
     def reader(self, shards_url: str) -> ClipReader:
         """Reads clips of a plan as tokens."""
-        shards, exclude = Store(shards_url, self.retry), self._excluded()
+        # A plan names shards, too, and may come from elsewhere as a manifest may.
+        shards = Store(shards_url, self.retry, self.data.index.anywhere)
+        exclude = self._excluded()
         patchifier = Patchifier(self.patch_size)
         if self.data.latents:
             return LatentReader(

@@ -5,7 +5,8 @@ that a run works alike on a laptop and on object storage. Credentials and endpoi
 environment and files that the cloud's own tools read (`AWS_*`, `~/.aws`, …), never from a config;
 so does the address of a server that is not Amazon's (`AWS_ENDPOINT_URL`).
 
-Invariant: `write` is atomic. A reader sees the whole object or none.
+Invariant: `write` is atomic. A reader sees the whole object or none. No name leads out of a store;
+only `Store.at` follows URLs that data holds, and only where the store was made for that.
 """
 
 import errno
@@ -131,13 +132,19 @@ class Store:
     """A directory of objects at a URL. Names are relative to it, with `/` between parts.
 
     Stores made from this one, and its pickled copies, have its retry policy. Two stores are equal
-    where URL and policy are.
+    where URL, policy and `anywhere` are. A name with a part `..` is a ValueError in every method.
     """
 
-    def __init__(self, url: str | Path, retry: RetryPolicy = COMMAND) -> None:
-        """`url`: a path, or a `file://`, `s3://` or `gs://` URL; it need not exist yet."""
+    def __init__(
+        self, url: str | Path, retry: RetryPolicy = COMMAND, anywhere: bool = False
+    ) -> None:
+        """`url`: a path, or a `file://`, `s3://` or `gs://` URL; it need not exist yet.
+
+        anywhere: whether `at` follows a URL out of the folder.
+        """
         self.url = normalize_url(url)
         self.retry = retry
+        self.anywhere = anywhere
         self._fs: fs.FileSystem | None = None
         self._root = ""
 
@@ -147,16 +154,16 @@ class Store:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Store) or type(self) is not type(other):
             return NotImplemented
-        return (self.url, self.retry) == (other.url, other.retry)
+        return self.__getstate__() == other.__getstate__()
 
     def __hash__(self) -> int:
-        return hash((self.url, self.retry))
+        return hash((self.url, self.retry, self.anywhere))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"url": self.url, "retry": self.retry}
+        return {"url": self.url, "retry": self.retry, "anywhere": self.anywhere}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        Store.__init__(self, state["url"], state["retry"])
+        Store.__init__(self, **state)
 
     @property
     def fs(self) -> fs.FileSystem:
@@ -192,24 +199,42 @@ class Store:
             raise
 
     def path(self, name: str = "") -> str:
-        """The path of `name` inside `self.fs`."""
+        """The path of `name` inside `self.fs`; ValueError where it leads out of this store."""
         assert self.fs is not None
+        self._check_below(name)
         return f"{self._root.rstrip('/')}/{name}" if name else self._root
 
     def child(self, *names: str) -> "Store":
         """The store one or more folders down."""
-        return Store(join_url(self.url, *names), self.retry)
+        return Store(join_url(self.url, *names), self.retry, self.anywhere)
 
     def with_retry(self, retry: RetryPolicy) -> "Store":
         """The same folder under another policy."""
-        return Store(self.url, retry)
+        return Store(self.url, retry, self.anywhere)
 
     def at(self, name: str) -> tuple["Store", str]:
-        """Store and name of an object; `name` may also be an absolute URL."""
+        """Store and name of an object that data names: a table's path, a manifest's shard.
+
+        `name` may also be a URL. ValueError where that lies elsewhere and this store was not made
+        for `anywhere`, and always where this store is remote and the URL a local file.
+        """
         if "://" not in name:
+            self._check_below(name)
             return self, name
-        folder, _, name = name.rpartition("/")
-        return _store(folder, self.retry), name
+        url = normalize_url(name)
+        if not url.startswith(f"{self.url.rstrip('/')}/") or _leads_up(url):
+            if url.startswith("file://") and not self.is_local:
+                raise ValueError(f"{name!r} is a local file; data in {self.url} may not name one")
+            if not self.anywhere:
+                raise ValueError(
+                    f"{name!r} lies outside {self.url}; data.index.anywhere=true allows that"
+                )
+        folder, _, inside = url.rpartition("/")
+        return _store(folder, self.retry), inside
+
+    def _check_below(self, name: str) -> None:
+        if _leads_up(name):
+            raise ValueError(f"{name!r} leads out of {self.url}")
 
     @property
     def is_local(self) -> bool:
@@ -352,6 +377,10 @@ class Store:
     def _make_parent(self, name: str) -> None:
         if self.is_local:
             os.makedirs(os.path.dirname(self.path(name)), exist_ok=True)
+
+
+def _leads_up(name: str) -> bool:
+    return ".." in name.split("/")
 
 
 @functools.lru_cache(maxsize=64)

@@ -182,11 +182,16 @@ def load_wan(folder: Path) -> DiT:
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder by name, from one file or from the pieces that its index lists."""
+    """All tensors of a folder by name, from one file or from the pieces that its index lists.
+
+    ValueError where the index lists a file of another folder.
+    """
     index = folder / f"{WEIGHTS}.index.json"
     files = [WEIGHTS]
     if index.exists():
         files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        if outside := [file for file in files if file in ("", "..") or Path(file).name != file]:
+            raise ValueError(f"{index}: weight_map names {outside[0]!r}, no file of that folder")
     return {name: tensor for file in files for name, tensor in load_file(folder / file).items()}
 
 

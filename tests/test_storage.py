@@ -187,11 +187,36 @@ def test_a_version_changes_with_the_object_alone(store):
 
 def test_a_name_may_be_a_url(store, tmp_path):
     store.write("a/x", b"here")
-    elsewhere = Store(tmp_path / "elsewhere")
+    elsewhere = Store(f"{store.url}-elsewhere")
     elsewhere.write("b/x", b"there")
-    for name, content in (("a/x", b"here"), (f"{elsewhere.url}/b/x", b"there")):
-        where, inside = store.at(name)
-        assert where.read_range(inside, 0, len(content)) == content
+    free = Store(store.url, SOON, anywhere=True)
+    for copy in (free, pickle.loads(pickle.dumps(free)), free.with_retry(TRAINING)):
+        for name, content in (("a/x", b"here"), (f"{elsewhere.url}/b/x", b"there")):
+            where, inside = copy.at(name)
+            assert where.read_range(inside, 0, len(content)) == content
+    assert store != free
+    with pytest.raises(ValueError, match=r"lies outside .*data\.index\.anywhere=true"):
+        store.at(f"{elsewhere.url}/b/x")
+    (tmp_path / "private").write_bytes(b"secret")
+    if not store.is_local:
+        with pytest.raises(ValueError, match="is a local file"):
+            free.at(f"file://{tmp_path}/private")
+
+
+def test_no_name_leads_out_of_a_store(store):
+    below = store.child("below")
+    store.write("x", b"1")
+    below.write("y", b"2")
+    for name in ("../x", "a/../../x", "..", f"{below.url}/../x"):
+        for action in (below.at, below.read, below.size, below.exists, below.list, below.delete):
+            with pytest.raises((ValueError, FileNotFoundError)):
+                action(name)
+        with pytest.raises((ValueError, FileNotFoundError)):
+            below.read_range(name, 0, 1)
+        with pytest.raises(ValueError, match="leads out of"):
+            below.write(name, b"3")
+    assert store.read("x") == b"1"
+    assert store.list() == ["below/y", "x"]
 
 
 def test_loose_files_and_large_clips_of_a_store(store):

@@ -6,6 +6,17 @@ from framework.data.plan.cost import CostModel
 from framework.data.plan.recipe import Recipe, RecipeConfig
 from framework.data.plan.views import Geometry
 from framework.mapping import free
+from framework.storage import normalize_url
+
+TABLES = (".csv", ".parquet", ".jsonl")  # of loose files, in place of a folder of tars
+
+
+def split_shards_url(url: str) -> tuple[str, str]:
+    """The folder that the names of shards count from, and the table's name in it, or ""."""
+    if not url.endswith(TABLES):
+        return normalize_url(url), ""
+    root, _, table = normalize_url(url).rpartition("/")
+    return root, table
 
 
 @dataclass(frozen=True)
@@ -34,6 +45,9 @@ class IndexConfig:
     max_seconds: float | None = None
     # Read every byte and take its checksum; else of large videos the beginning and the headers.
     checksum: bool = False
+    # A table or a manifest may name files anywhere, also private ones: by default only below its
+    # own folder, or where `DataConfig.shards` says. One in object storage never names local files.
+    anywhere: bool = free(False)
 
     def __post_init__(self) -> None:
         if not 0 <= self.heldout_fraction < 1:

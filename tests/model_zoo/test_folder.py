@@ -1,6 +1,7 @@
 """A model comes back from its folder as it was, whichever model it is."""
 
 import json
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -111,6 +112,20 @@ def test_other_folders_are_refused(tmp_path: Path, change: dict, sentence: str) 
     )
     with pytest.raises(ValueError, match=sentence):
         load_model(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["uvit", "dit_wan"])
+@pytest.mark.parametrize("outside", ["../private", "{tmp_path}/private", "a/private", "..", ""])
+def test_an_index_names_no_file_of_another_folder(tmp_path: Path, name: str, outside: str) -> None:
+    folder = tmp_path / "model"
+    (folder / "a").mkdir(parents=True)
+    write(NETWORKS[name], folder)
+    for private in (tmp_path / "private", folder / "a/private"):
+        shutil.copy(folder / WEIGHTS, private)
+    weight_map = {"embed.weight": outside.format(tmp_path=tmp_path)}
+    (folder / f"{WEIGHTS}.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(ValueError, match="no file of that folder"):
+        load_model(folder)
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,25 @@ def test_tensors_come_back_as_they_were(checkpoints: Checkpoints) -> None:
         assert torch.equal(found[name], tensor)
 
 
+def test_an_index_names_no_file_outside_its_checkpoint(
+    checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    (tmp_path / "private").write_bytes(bytes(4000))
+    strange = "../../private"
+    store = checkpoints.folder(300)
+    index = json.loads(store.read("state/index.json"))
+    index["tensors"]["weights.a"]["chunks"] = [[0, 1000, strange, 0]]
+    store.write("state/index.json", json.dumps(index).encode())
+    with pytest.raises(ValueError, match=f"'{strange}' leads out of {store.url}"):
+        load_state({"weights.a": torch.zeros(1000)}, SHAPES, store)
+    store.write("COMMITTED", json.dumps({"files": {strange: [4000, ""]}}).encode())
+    with pytest.raises(ValueError, match=f"'{strange}' leads out of {store.url}"):
+        checkpoints.get(300)
+    latest = checkpoints.latest()
+    assert latest is not None
+    assert latest.step == 200
+
+
 def test_a_part_of_the_state_can_be_read(checkpoints: Checkpoints) -> None:
     found = {"ema.a": torch.zeros(1000)}
     load_state(found, SHAPES, checkpoints.folder(200))

@@ -4,7 +4,6 @@ from framework.assembly import Assembly
 from framework.cluster import connect
 from framework.config import RunConfig, entry
 from framework.data.encode.job import encode
-from framework.data.manifest.table import read_manifest
 
 
 def main(config: RunConfig) -> None:
@@ -13,7 +12,7 @@ def main(config: RunConfig) -> None:
     assembly.check()
     if not config.data.latents:
         raise ValueError("data.latents is empty: give the URL of a folder for the latents")
-    manifest = read_manifest(config.data.manifest)
+    manifest = assembly.on_videos().open_manifest()
     connect(config.cluster)
     report = encode(
         manifest,

@@ -115,7 +115,8 @@ def encode(
                 yield rows.slice(start, config.clips_per_shard)
 
     num_fresh = sum(int(is_fresh.sum()) for is_fresh in fresh)
-    work = _Work(Store(manifest.shards_url), store, encoders, config.dtype)
+    videos = Store(manifest.shards_url, anywhere=True)  # what it may name, `read_manifest` has said
+    work = _Work(videos, store, encoders, config.dtype)
     if num_fresh:
         _run(work, units(), config, lambda done: on_progress(done, num_fresh))
     return _join(manifest, store, encoding, refused, num_fresh)

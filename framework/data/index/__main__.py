@@ -8,7 +8,8 @@ from framework.data.index.listing import list_units
 
 def main(config: RunConfig) -> None:
     """Index `data.shards` into `data.manifest`."""
-    list_units(config.data.shards)  # a mistake is answered before Ray starts
+    # A mistake is answered before Ray starts.
+    list_units(config.data.shards, config.data.index.anywhere)
     connect(config.cluster)
     print(index(config.data.shards, config.data.manifest, config.data.index))
 

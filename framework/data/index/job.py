@@ -52,11 +52,11 @@ def index(
 
     The manifest goes to folder `manifest_url`. Runs on the Ray that is initialised, or starts one.
     `on_progress(done, total)` is called after each shard. ValueError where there is no shard or no
-    clip. A shard that the store does not give ends the job with a RuntimeError: a manifest without
-    it would be worse than none.
+    clip, or where a table names a file that it may not. A shard that the store does not give ends
+    the job with a RuntimeError: a manifest without it would be worse than none.
     """
     config = config or IndexConfig()
-    root, units = list_units(shards_url)
+    root, units = list_units(shards_url, config.anywhere)
     kept = Store(manifest_url)
     _index_on_ray(root, units, config, kept, on_progress)
     return write_index(root, manifest_url, _Kept(kept, units), config)

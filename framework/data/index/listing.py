@@ -1,8 +1,8 @@
 """What to index: all tars of a folder, or the loose files that a table lists.
 
-A table is CSV, Parquet or JSONL with a column `path` (from the table's folder, or a URL) and, as it
-likes, caption, captions, source, video, fps and numbers, which mean what they mean in a sample's
-JSON (framework/data/index/shard.py).
+A table is CSV, Parquet or JSONL with a column `path` (from the table's folder and below it; with
+`IndexConfig.anywhere` also elsewhere, or a URL) and, as it likes, caption, captions, source, video,
+fps and numbers, which mean what they mean in a sample's JSON (framework/data/index/shard.py).
 """
 
 import hashlib
@@ -14,13 +14,12 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.json
 
-from framework.data.config import IndexConfig
+from framework.data.config import TABLES, IndexConfig, split_shards_url
 from framework.data.index.shard import FORMAT, ShardIndex, index_files, index_shard
 from framework.data.parquet import read_table
 from framework.seeding import hash64
 from framework.storage import Store, join_url, normalize_url
 
-TABLES = (".csv", ".parquet", ".jsonl")
 COMPRESSED = (".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
 FILES_PER_UNIT = 512
 VERSIONS_AT_ONCE = 16
@@ -41,7 +40,7 @@ class Unit:
 
     def made_of(self, root: str, config: IndexConfig) -> str:
         """Another text wherever `index` may give something else. FileNotFoundError for no tar."""
-        store = Store(root)
+        store = Store(root, anywhere=config.anywhere)
         if self.files is None:
             version = store.version(self.name)
         else:
@@ -57,15 +56,16 @@ class Unit:
         return index_files(root, self.files, config)
 
 
-def list_units(shards_url: str) -> tuple[str, list[Unit]]:
+def list_units(shards_url: str, anywhere: bool = False) -> tuple[str, list[Unit]]:
     """The folder that names count from, and what there is to index.
 
-    ValueError where there is nothing, or where a table cannot be read.
+    anywhere: whether a table may name files outside its folder. ValueError where there is nothing,
+    where a table cannot be read, or where it names a file that it may not.
     """
-    if shards_url.endswith(TABLES):
-        root, _, name = normalize_url(shards_url).rpartition("/")
-        return root, _table_units(Store(root), name)
-    store = Store(shards_url)
+    root, table = split_shards_url(shards_url)
+    store = Store(root, anywhere=anywhere)
+    if table:
+        return root, _table_units(store, table)
     names = store.list()
     if packed := [name for name in names if name.endswith(COMPRESSED)]:
         raise ValueError(
@@ -95,6 +95,11 @@ def _table_units(store: Store, name: str) -> list[Unit]:
     if "" in paths or None in paths:
         raise ValueError(f"{where} has an empty path")
     relative = [_relative(store.url, path) for path in paths]
+    try:
+        for path in relative:
+            store.at(path)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
     column = pa.array(relative, pa.string())
     counts = pc.value_counts(column)
     if twins := counts.filter(pc.greater(counts.field("counts"), 1)).field("values").to_pylist():

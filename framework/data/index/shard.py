@@ -96,7 +96,7 @@ def index_shard(shards_url: str, shard: str, config: IndexConfig) -> ShardIndex:
 
 def index_files(root: str, files: pa.Table, config: IndexConfig) -> ShardIndex:
     """The rows of loose files: `path` says where each lies, from `root` or as a URL."""
-    store = Store(root)
+    store = Store(root, anywhere=config.anywhere)
     with ThreadPoolExecutor(PROBES) as pool:
         found = list(pool.map(lambda row: _loose_sample(store, row), files.to_pylist()))
     table, bad = _rows(store, [one for one in found if isinstance(one, _Sample)], config)

@@ -138,10 +138,14 @@ class Manifest:
 
 @dataclass(frozen=True)
 class InStore:
-    """Loads the parts of a snapshot from its store; ValueError where one is not what it was."""
+    """Loads the parts of a snapshot from its store.
+
+    ValueError where one is not what it was, or names a shard that `shards` does not reach.
+    """
 
     store: Store
     digests: tuple[str, ...]
+    shards: Store | None = None  # None where we have written the names ourselves
 
     def __call__(self, index: int) -> pa.Table:
         """The rows of a part."""
@@ -153,14 +157,27 @@ class InStore:
             raise ValueError(f"{where} is not readable: {error}; index the shards anew") from error
         if table_digest(table) != self.digests[index]:
             raise ValueError(f"{where} holds other rows than were committed; index the shards anew")
+        if self.shards is not None:
+            _check_names(table["shard"], self.shards, where)
         return table
 
 
-def read_manifest(url: str | Store, fingerprint: str | None = None) -> Manifest:
+def read_manifest(
+    url: str | Store,
+    fingerprint: str | None = None,
+    *,
+    shards: str | None = None,
+    anywhere: bool = False,
+) -> Manifest:
     """Open the committed snapshot at `url`, or the older one that `fingerprint` pins.
 
     Rows are read part by part when they are asked for. ValueError where there is no such snapshot,
-    and later where a part is not what the fingerprint says.
+    where it names files that it may not, and later where a part does or is not what the
+    fingerprint says.
+
+    shards: the folder of shards that the user named. The manifest's must then be that one, or lie
+    below it or below the manifest itself. anywhere: whether shards may lie elsewhere, and rows name
+    files outside them; of a manifest in object storage never on this machine.
     """
     store = url if isinstance(url, Store) else Store(url)
     if fingerprint is None:
@@ -177,14 +194,19 @@ def read_manifest(url: str | Store, fingerprint: str | None = None) -> Manifest:
         raise ValueError(f"{where} is of another manifest; index the shards anew")
     if not isinstance(snapshot.get("shards_url"), str):
         raise ValueError(f"{where} does not say where its shards are; index the shards anew")
+    there = Store(snapshot["shards_url"], store.retry, anywhere)
+    _check_place(there, store, shards)
+    if there.is_local and not store.is_local:
+        there = Store(there.url, store.retry)
+    _check_names(pa.chunked_array([[snapshot["first_shard"]]]), there, where)
     return Manifest(
-        shards_url=snapshot["shards_url"],
+        shards_url=there.url,
         fingerprint=fingerprint,
         first_shard=snapshot["first_shard"],
         scores=tuple(snapshot["scores"]),
         sources=tuple(snapshot["sources"]),
         part_digests=digests,
-        load=InStore(store, digests),
+        load=InStore(store, digests, there),
         encoding=snapshot["encoding"],
     )
 
@@ -211,6 +233,37 @@ def snapshot_name(fingerprint: str) -> str:
 def part_name(digest: str) -> str:
     """Where a part lies in a manifest's store."""
     return f"parts/{digest}.parquet"
+
+
+def _check_place(there: Store, manifest: Store, named: str | None) -> None:
+    """ValueError where a manifest may not have its shards in the folder `there`."""
+    if (named is not None and _is_below(there, Store(named))) or _is_below(there, manifest):
+        return
+    words = f"the manifest {manifest.url} has its shards in {there.url}"
+    if there.is_local and not manifest.is_local:
+        raise ValueError(f"{words}, on this machine; name that folder by data.shards to allow it")
+    if named is not None and not there.anywhere:
+        raise ValueError(
+            f"{words}, neither below data.shards ({named}) nor below itself; name that folder by "
+            "data.shards, or allow any by data.index.anywhere=true"
+        )
+
+
+def _is_below(here: Store, folder: Store) -> bool:
+    """Whether it is `folder` or lies in it; on this machine as symbolic links lead."""
+    if here.is_local and folder.is_local:
+        return here.local_path().resolve().is_relative_to(folder.local_path().resolve())
+    return f"{here.url}/".startswith(f"{folder.url}/") and ".." not in here.url.split("/")
+
+
+def _check_names(column: pa.ChunkedArray, shards: Store, where: str) -> None:
+    """ValueError where one of these names of shards leads where `shards` does not follow."""
+    is_odd = pc.or_(pc.match_substring(column, "://"), pc.match_substring(column, ".."))
+    try:
+        for name in column.filter(is_odd).unique().to_pylist():
+            shards.at(name)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 def _committed_fingerprint(store: Store) -> str:

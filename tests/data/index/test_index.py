@@ -21,7 +21,7 @@ from framework.data.config import IndexConfig
 from framework.data.index import job as index_module
 from framework.data.index.job import index, write_index
 from framework.data.index.listing import Unit, list_units
-from framework.data.index.shard import ShardIndex, index_shard, made_of
+from framework.data.index.shard import ShardIndex, index_files, index_shard, made_of
 from framework.data.manifest.table import checksum, clip_id, read_manifest
 from framework.data.shards.tar import write_shards
 from framework.storage import Store
@@ -485,7 +485,7 @@ def loose_files(folder):
 
 
 def index_table(path, manifest_url, config=CONFIG):
-    root, units = list_units(str(path))
+    root, units = list_units(str(path), config.anywhere)
     found = {unit.name: unit.index(root, config) for unit in units}
     return write_index(root, str(manifest_url), found, config)
 
@@ -515,14 +515,55 @@ def test_a_table_names_files_elsewhere_by_url(tmp_path):
     (tmp_path / "list").mkdir()
     paths = [f"file://{tmp_path}/files/a/one.mp4", "../files/a/two.mov"]
     write_table(tmp_path / "list/clips.csv", [{"path": path} for path in paths])
-    index_table(tmp_path / "list/clips.csv", tmp_path / "manifest")
-    rows = read_manifest(str(tmp_path / "manifest")).table.to_pylist()
+    anywhere = dataclasses.replace(CONFIG, anywhere=True)
+    index_table(tmp_path / "list/clips.csv", tmp_path / "manifest", anywhere)
+    rows = read_manifest(str(tmp_path / "manifest"), anywhere=True).table.to_pylist()
     assert {row["shard"] for row in rows} == {
         f"file://{tmp_path}/files/a/one.mp4",
         f"file://{tmp_path}/files/a/two.mov",
     }
-    where, name = Store(tmp_path / "list").at(rows[0]["shard"])
+    where, name = Store(tmp_path / "list", anywhere=True).at(rows[0]["shard"])
     assert len(where.read(name)) == rows[0]["size_bytes"]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "{private}/one.png",
+        "file://{private}/one.png",
+        "../private/one.png",
+        "below/../../private/one.png",
+        "file://{files}/../private/one.png",
+        "file://{files}-too/one.png",
+        "s3://bucket/private/one.png",
+    ],
+)
+def test_a_table_reads_nothing_outside_its_folder(tmp_path, path):
+    files, private = tmp_path / "files", tmp_path / "private"
+    for folder in (files, private, tmp_path / "files-too"):
+        folder.mkdir()
+        (folder / "one.png").write_bytes(still_bytes())
+    strange = path.format(files=files, private=private)
+    write_table(files / "clips.csv", [{"path": f"{files}/one.png"}, {"path": strange}])
+    with pytest.raises(ValueError, match=r"lies outside .*; data\.index\.anywhere=true"):
+        list_units(str(files / "clips.csv"))
+    if path.startswith("{private}"):
+        return
+    # A task looks again at what it is given.
+    with pytest.raises(ValueError, match=r"lies outside|leads out of"):
+        index_files(f"file://{files}", pa.table({"path": [strange]}), CONFIG)
+
+
+def test_a_table_in_object_storage_names_no_local_file(tmp_path, s3_bucket):
+    (tmp_path / "one.png").write_bytes(still_bytes())
+    store = Store(f"{s3_bucket}/clips")
+    for path in (f"{tmp_path}/one.png", f"file://{tmp_path}/one.png"):
+        store.write("clips.csv", f"path\n{path}\n".encode())
+        for anywhere in (False, True):
+            with pytest.raises(ValueError, match="is a local file; data in s3://"):
+                list_units(f"{store.url}/clips.csv", anywhere)
+    store.write("clips.csv", b"path\ns3://other/one.png\n")
+    assert len(list_units(f"{store.url}/clips.csv", True)[1]) == 1
 
 
 @pytest.mark.parametrize(

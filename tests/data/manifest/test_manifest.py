@@ -195,6 +195,54 @@ def test_a_damaged_manifest_is_refused(tmp_path, damage):
 
 
 @pytest.mark.parametrize(
+    "shard",
+    ["file:///etc/passwd", "../etc/passwd", "a/../../x.png", "s3://b/x.png", "file:///x/../etc/y"],
+)
+def test_rows_name_nothing_outside_the_shards(tmp_path, shard):
+    write_manifest(Store(tmp_path), make_manifest(clip_table(3, shard=shard), "/x"))
+    with pytest.raises(ValueError, match=r"lies outside file:///x|leads out of file:///x"):
+        read_manifest(str(tmp_path)).part(0)
+    if "://" in shard:
+        rows = read_manifest(str(tmp_path), anywhere=True).table
+        assert rows["shard"].to_pylist() == [shard] * 3
+    inside = make_manifest(clip_table(3, shard="file:///x/a..b.png"), "/x")
+    write_manifest(Store(tmp_path), inside)
+    assert read_manifest(str(tmp_path)).table.equals(inside.table)
+
+
+def test_a_manifest_has_its_shards_where_the_user_says(tmp_path):
+    for folder in ("given", "private", "manifest/own"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "manifest/link").symlink_to(tmp_path / "private")
+    store = Store(tmp_path / "manifest")
+    given, private = f"file://{tmp_path}/given", f"file://{tmp_path}/private"
+    for there in (given, f"{given}/below", f"{store.url}/own", store.url):
+        write_manifest(store, make_manifest(clip_table(3), there))
+        assert read_manifest(store, shards=given).shards_url == there
+    for there in (private, f"{given}-too", f"file://{tmp_path}", f"{store.url}/link", "s3://a/b"):
+        write_manifest(store, make_manifest(clip_table(3), there))
+        with pytest.raises(ValueError, match=r"neither below data\.shards \(file://.*given\)"):
+            read_manifest(store, shards=given)
+        assert read_manifest(store, shards=given, anywhere=True).shards_url == there
+
+
+def test_a_manifest_in_object_storage_names_no_local_file(tmp_path, s3_bucket):
+    store, local = Store(f"{s3_bucket}/manifest"), f"file://{tmp_path}"
+    write_manifest(store, make_manifest(clip_table(3), local))
+    for anywhere in (False, True):
+        for shards in (None, f"{local}/other"):
+            with pytest.raises(ValueError, match="on this machine; name that folder by"):
+                read_manifest(store, shards=shards, anywhere=anywhere)
+        assert len(read_manifest(store, shards=local, anywhere=anywhere)) == 3
+    write_manifest(store, make_manifest(clip_table(3, shard="file:///etc/passwd"), local))
+    with pytest.raises(ValueError, match="lies outside"):
+        read_manifest(store, shards=local, anywhere=True).part(0)
+    write_manifest(store, make_manifest(clip_table(3, shard="file:///etc/passwd"), store.url))
+    with pytest.raises(ValueError, match="is a local file"):
+        read_manifest(store, shards=store.url, anywhere=True).part(0)
+
+
+@pytest.mark.parametrize(
     ("changes", "hint"),
     [
         ({"num_frames": 0}, "'k0'.*num_frames must be at least 1"),
