@@ -5,21 +5,26 @@ saves `WanTransformer3DModel`. Only text-to-video models: one with an image enco
 ways are exact; projections are fused or cut apart, and nothing is computed.
 """
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from model_zoo.checks import check_limit
 from model_zoo.models.dit import TIME_FEATURES, DiT, DiTConfig
 from model_zoo.text_stem import TextEmbeddingStem
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+MAX_JSON_BYTES = 64 << 20  # chosen by hand; the index of the largest model takes some MB
+_SIZES = ("in_channels", "num_attention_heads", "attention_head_dim", "ffn_dim", "text_dim")
 # Ours -> Wan's, where a tensor has another name only; {i} is a block.
 _SAME = {
     "time_embedding.0": "condition_embedder.time_embedder.linear_1",
@@ -66,7 +71,14 @@ class WanShape:
 
 
 def wan_shape(config: Mapping[str, Any]) -> WanShape:
-    """From diffusers' `config.json`; ValueError names what our DiT does not have."""
+    """From diffusers' `config.json`; ValueError names what is missing or our DiT does not have."""
+    for name in (*_SIZES, "num_layers"):
+        check_whole(name, config.get(name))
+    patch_size = config.get("patch_size")
+    if not isinstance(patch_size, list | tuple) or len(patch_size) != 3:
+        raise ValueError(f"patch_size={_short(patch_size)}: three whole numbers are needed")
+    for number in patch_size:
+        check_whole("patch_size", number)
     wanted = {
         "cross_attn_norm": (True,),
         "qk_norm": ("rms_norm_across_heads",),
@@ -85,7 +97,7 @@ def wan_shape(config: Mapping[str, Any]) -> WanShape:
         ffn=config["ffn_dim"],
         num_heads=heads,
         depth=config["num_layers"],
-        patch_size=tuple(config["patch_size"]),
+        patch_size=tuple(patch_size),
         qk_norm="width",
     )
     return WanShape(ours, config["in_channels"], config["text_dim"])
@@ -173,26 +185,70 @@ def wan_pieces(
 
 def load_wan(folder: Path) -> DiT:
     """The model that diffusers saved in `folder`; ValueError where it is none that we have."""
-    shape = wan_shape(json.loads((folder / "config.json").read_text()))
+    shape = wan_shape(read_json(folder / "config.json"))
     state = read_tensors(folder)
-    with torch.device("meta"):
-        model = shape.build()
-    model.load_state_dict(from_wan(state, shape), assign=True)
+    with one_sentence(folder):
+        with torch.device("meta"):
+            model = shape.build()
+        model.load_state_dict(from_wan(state, shape), assign=True)
     return model
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The mapping that a file holds; ValueError where it is none, or of more than 64 MiB."""
+    if (size := path.stat().st_size) > MAX_JSON_BYTES:
+        raise ValueError(f"{path} has {size} bytes; JSON of a model has at most {MAX_JSON_BYTES}")
+    try:
+        content = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not readable JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no mapping")
+    return content
+
+
+def check_whole(name: str, value: object) -> None:
+    """ValueError unless it is a whole number from 1 on that a model may have."""
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{name}={_short(value)}: a whole number from 1 on is needed")
+    check_limit("depth" if name == "num_layers" else name, value)
+
+
+@contextlib.contextmanager
+def one_sentence(folder: Path) -> Iterator[None]:
+    """Whatever a build or a load raises where config.json and tensors do not fit: a ValueError."""
+    try:
+        yield
+    except (LookupError, TypeError, RuntimeError, ArithmeticError, AttributeError) as error:
+        words = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(
+            f"{folder}: config.json and the tensors make no model: {words[:300]}"
+        ) from error
+
+
+def _short(value: object) -> str:
+    return repr(value)[:80]
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """All tensors of a folder by name, from one file or from the pieces that its index lists.
 
-    ValueError where the index lists a file of another folder.
+    ValueError where the index lists a file of another folder, or one is not there or no
+    safetensors.
     """
     index = folder / f"{WEIGHTS}.index.json"
     files = [WEIGHTS]
     if index.exists():
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ValueError(f"{index} has no weight_map")
+        files = sorted({str(file) for file in weight_map.values()})
         if outside := [file for file in files if file in ("", "..") or Path(file).name != file]:
             raise ValueError(f"{index}: weight_map names {outside[0]!r}, no file of that folder")
-    return {name: tensor for file in files for name, tensor in load_file(folder / file).items()}
+    try:
+        return {name: tensor for file in files for name, tensor in load_file(folder / file).items()}
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{folder}: its tensors cannot be read: {error}") from error
 
 
 def save_wan(model: DiT, folder: Path) -> None:

@@ -6,9 +6,11 @@ and what `build` wants beside the config. `load_model` reads both. Who writes th
 `folder_format` says what is in them.
 """
 
-import json
+import math
+import types
+import typing
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,17 @@ import torch
 from torch import Tensor, nn
 
 from model_zoo.checkpointing import PackedModel
-from model_zoo.convert import WanShape, load_wan, read_tensors, wan_config, wan_names, wan_pieces
+from model_zoo.convert import (
+    WanShape,
+    check_whole,
+    load_wan,
+    one_sentence,
+    read_json,
+    read_tensors,
+    wan_config,
+    wan_names,
+    wan_pieces,
+)
 from model_zoo.models.dit import DiTConfig
 from model_zoo.models.dit_original import OriginalDiTConfig
 from model_zoo.models.mmdit import MMDiTConfig
@@ -109,7 +121,9 @@ def folder_format(network: Network) -> FolderFormat:
 
 
 def load_model(folder: Path, configs: Mapping[str, type] | None = None) -> nn.Module:
-    """The model of a folder, on the CPU, in eval mode; ValueError where it is of no known class.
+    """The model of a folder, on the CPU, in eval mode.
+
+    ValueError where it is of no known class, or its files are not what such a folder holds.
 
     configs: of models that are not of this zoo, by name: {"Wide": WideConfig}.
     """
@@ -117,13 +131,15 @@ def load_model(folder: Path, configs: Mapping[str, type] | None = None) -> nn.Mo
         raise ValueError(
             f"{folder} holds no config.json: it is no model, or not written to its end"
         )
-    content = json.loads((folder / "config.json").read_text())
+    content = read_json(folder / "config.json")
     if content.get("_class_name") == WAN:
         return load_wan(folder).eval()
     network = _network(content, {**_CONFIGS, **(configs or {})})
-    with torch.device("meta"):
-        model = network.build()
-    model.load_state_dict(read_tensors(folder), assign=True)
+    state = read_tensors(folder)
+    with one_sentence(folder):
+        with torch.device("meta"):
+            model = network.build()
+        model.load_state_dict(state, assign=True)
     return model.eval()
 
 
@@ -143,4 +159,32 @@ def _network(content: Mapping[str, Any], configs: Mapping[str, type]) -> Network
         for key, value in content.items()
         if key not in ("_class_name", *_BESIDE)
     }
-    return Network(config(**options), *(content[key] for key in _BESIDE))
+    hints = typing.get_type_hints(config)
+    for f in fields(config):
+        if f.name in options:
+            _check_type(f.name, options[f.name], hints[f.name])
+        elif f.default is MISSING and f.default_factory is MISSING:
+            raise ValueError(f"{name}: config.json lacks {f.name}")
+    for key in _BESIDE:
+        if content.get(key) is not None or key == "channels":
+            check_whole(key, content.get(key))
+    beside: list[Any] = [content.get(key) for key in _BESIDE]
+    return Network(config(**options), *beside)
+
+
+def _check_type(name: str, value: Any, hint: Any) -> None:
+    """ValueError where a value of JSON is plainly not of a field's type."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return  # a model from elsewhere; its own config says what it takes
+    if origin is tuple:
+        size = None if args[-1] is Ellipsis else len(args)
+        if not isinstance(value, tuple) or size not in (None, len(value)):
+            raise ValueError(f"{name}={repr(value)[:80]}: a list of {size or 'any'} is needed")
+        for i, item in enumerate(value):
+            _check_type(f"{name}[{i}]", item, args[0] if size is None else args[i])
+    elif hint is float:
+        if type(value) not in (int, float) or not math.isfinite(value):
+            raise ValueError(f"{name}={repr(value)[:80]}: a number is needed")
+    elif hint in (int, str, bool) and type(value) is not hint:
+        raise ValueError(f"{name}={repr(value)[:80]}: {hint.__name__} is needed")

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model_zoo.attention import Segments, check_backend_name, packed_attention
-from model_zoo.checks import check_choice
+from model_zoo.checks import check_choice, check_limit
 from model_zoo.rope import rotate
 
 QKNormOver = Literal["head", "width"]
@@ -237,5 +237,8 @@ def check_shared(config: SharedOptions) -> None:
         )
     if config.text_depth < 0:
         raise ValueError(f"text_depth={config.text_depth} must not be negative")
+    check_limit("text_depth", config.text_depth)
+    for size in config.patch_size:
+        check_limit("patch_size", size)
     check_choice("gelu", config.gelu, Gelu)
     check_backend_name(config.attention)

@@ -13,6 +13,7 @@ Invariant: a reader trusts only a folder with a marker whose files all are there
 import contextlib
 import json
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ log = logging.getLogger(__name__)
 MARKER = "COMMITTED"
 META = "meta.json"
 REFUSED = "REFUSED"
+_STEP = re.compile(r"step-([0-9]{8,18})/")  # as `_name` gives it; other folders are not ours
 REQUESTS = 4  # in flight; each may hold a file of `sharded_state.PART_BYTES` in memory
 
 
@@ -78,11 +80,8 @@ class Checkpoints:
 
     def committed_steps(self) -> list[int]:
         """Steps of all checkpoints with a marker, whole or not, in ascending order."""
-        return sorted(
-            int(name.removeprefix("step-").split("/")[0])
-            for name in self.store.list()
-            if name.startswith("step-") and name.endswith(f"/{MARKER}") and name.count("/") == 1
-        )
+        found = ((name, _STEP.match(name)) for name in self.store.list())
+        return sorted(int(m[1]) for name, m in found if m and name == f"{m[0]}{MARKER}")
 
     def get(self, step: int, share: tuple[int, int] | None = None) -> Checkpoint:
         """The checkpoint of `step`; ValueError, saying why, where it is not committed or not whole.
@@ -128,11 +127,7 @@ class Checkpoints:
                 self._delete(step)
 
     def _begun_steps(self) -> set[int]:
-        return {
-            int(name.removeprefix("step-").split("/")[0])
-            for name in self.store.list()
-            if name.startswith("step-")
-        }
+        return {int(m[1]) for name in self.store.list() if (m := _STEP.match(name))}
 
     def _delete(self, step: int) -> None:
         # The marker goes first: a half-deleted checkpoint must not count.

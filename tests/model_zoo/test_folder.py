@@ -1,5 +1,6 @@
 """A model comes back from its folder as it was, whichever model it is."""
 
+import contextlib
 import json
 import shutil
 from dataclasses import dataclass, replace
@@ -111,6 +112,72 @@ def test_other_folders_are_refused(tmp_path: Path, change: dict, sentence: str) 
         json.dumps(folder_format(NETWORKS["uvit"]).config | change)
     )
     with pytest.raises(ValueError, match=sentence):
+        load_model(tmp_path)
+
+
+STRANGE = {
+    "uvit": {
+        "depth": [1e9, 10**9 + 1, [3], "3", True, None, -1],
+        "hidden_size": [10**12, [24], {}],
+        "num_heads": [10**9, 10**30, 0],
+        "text_depth": [10**9],
+        "text_max_length": [10**15],
+        "patch_size": [2, [1, 2], [1, 2, "x"], [10**9, 1, 1], [[1], 2, 2], [0, 1, 1]],
+        "gelu": [3, ["none"], "relu"],
+        "channels": [None, [3], 10**12, 0],
+        "text_dim": ["ten", 10**12, None],
+        "_class_name": [None, ["UViT"], {}],
+    },
+    "dit": {"rope_theta": ["x", [1], float("inf"), float("nan")], "gate_init": [None]},
+    "mmdit": {"double_depth": [10**9], "refiner_depth": [10**9], "rope_axes": [4, [4], ["4"] * 3]},
+    "dit_original": {"depth": [10**9], "ffn_ratio": [[1]]},
+    "dit_wan": {
+        "num_layers": [1e9, 10**9, [2], None, 3],
+        "num_attention_heads": [[2], "2", 10**12],
+        "attention_head_dim": [10**9, [2]],
+        "in_channels": [None, [3], 10**12],
+        "text_dim": [10**12, [10]],
+        "ffn_dim": [10**12, {}],
+        "patch_size": [2, None, [1, 2], [1, 1, [2]], [10**9, 1, 1]],
+        "eps": [[1e-6], "x"],
+    },
+}
+
+
+@pytest.mark.parametrize("name", STRANGE)
+def test_numbers_of_a_stranger_are_a_sentence_at_once(tmp_path: Path, name: str) -> None:
+    write(NETWORKS[name], tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for key, values in STRANGE[name].items():
+        for value in values:
+            (tmp_path / "config.json").write_text(json.dumps(config | {key: value}))
+            with pytest.raises(ValueError, match=r"."):
+                load_model(tmp_path)
+    for key in config.keys() - {"eps", "freq_dim", "qk_norm", "cross_attn_norm", "out_channels"}:
+        left = {k: v for k, v in config.items() if k != key}
+        (tmp_path / "config.json").write_text(json.dumps(left))
+        with contextlib.suppress(ValueError):  # a field with a default may be left out
+            load_model(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, "[]", "7", "{", "", "1" * 9000])
+def test_json_of_a_stranger_is_a_sentence_at_once(tmp_path: Path, text: str) -> None:
+    write(NETWORKS["uvit"], tmp_path)
+    (tmp_path / f"{WEIGHTS}.index.json").write_text(text)
+    with pytest.raises(ValueError, match=r"index\.json (is not readable JSON|holds no mapping)"):
+        load_model(tmp_path)
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"config\.json (is not readable JSON|holds no mapping)"):
+        load_model(tmp_path)
+
+
+def test_tensors_that_are_none_are_a_sentence(tmp_path: Path) -> None:
+    write(NETWORKS["uvit"], tmp_path)
+    (tmp_path / WEIGHTS).write_bytes(b"noise" * 100)
+    with pytest.raises(ValueError, match="tensors cannot be read"):
+        load_model(tmp_path)
+    (tmp_path / f"{WEIGHTS}.index.json").write_text('{"weight_map": ["x"]}')
+    with pytest.raises(ValueError, match="has no weight_map"):
         load_model(tmp_path)
 
 

@@ -57,6 +57,25 @@ def test_tensors_come_back_as_they_were(checkpoints: Checkpoints) -> None:
         assert torch.equal(found[name], tensor)
 
 
+def test_folders_of_another_name_are_no_checkpoints(checkpoints: Checkpoints) -> None:
+    odd = (
+        "step-old/COMMITTED",
+        "step-/COMMITTED",
+        "step-5/COMMITTED",
+        "step-\u0661" + "0" * 8 + "/x",
+    )
+    deeper = ("step-00000400/a/COMMITTED", "old/step-00000400/COMMITTED")
+    for name in (*odd, *deeper):
+        checkpoints.store.write(name, b"{}")
+    latest = checkpoints.latest()
+    assert latest is not None
+    assert latest.step == 300
+    assert checkpoints.committed_steps() == [100, 200, 300]
+    checkpoints.retain(keep_last=1)
+    assert checkpoints.committed_steps() == [300]
+    assert all(checkpoints.store.exists(name) for name in odd)
+
+
 def test_an_index_names_no_file_outside_its_checkpoint(
     checkpoints: Checkpoints, tmp_path: Path
 ) -> None:

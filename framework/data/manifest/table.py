@@ -185,11 +185,18 @@ def read_manifest(
     where = join_url(store.url, snapshot_name(fingerprint))
     try:
         snapshot = json.loads(store.read(snapshot_name(fingerprint)))
-        digests = tuple(snapshot["parts"])
+        first_shard, encoding = snapshot["first_shard"], snapshot["encoding"]
+        digests, scores, sources = (tuple(snapshot[key]) for key in ("parts", "scores", "sources"))
+        if not all(isinstance(text, str) for text in (*digests, *scores, *sources, first_shard)):
+            raise TypeError("a name is no text")
+        if not digests or not isinstance(encoding, dict):
+            raise TypeError("it has no parts, or no mapping for its encoding")
     except FileNotFoundError:
         raise ValueError(f"{store.url} has no manifest {fingerprint}; index the shards") from None
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{where} is not readable: {error}; index the shards anew") from error
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ValueError(
+            f"{where} is not readable: {_words(error)}; index the shards anew"
+        ) from error
     if fingerprint_of(digests) != fingerprint:
         raise ValueError(f"{where} is of another manifest; index the shards anew")
     if not isinstance(snapshot.get("shards_url"), str):
@@ -198,16 +205,16 @@ def read_manifest(
     _check_place(there, store, shards)
     if there.is_local and not store.is_local:
         there = Store(there.url, store.retry)
-    _check_names(pa.chunked_array([[snapshot["first_shard"]]]), there, where)
+    _check_names(pa.chunked_array([[first_shard]]), there, where)
     return Manifest(
         shards_url=there.url,
         fingerprint=fingerprint,
-        first_shard=snapshot["first_shard"],
-        scores=tuple(snapshot["scores"]),
-        sources=tuple(snapshot["sources"]),
+        first_shard=first_shard,
+        scores=scores,
+        sources=sources,
         part_digests=digests,
         load=InStore(store, digests, there),
-        encoding=snapshot["encoding"],
+        encoding=encoding,
     )
 
 
@@ -275,11 +282,17 @@ def _committed_fingerprint(store: Store) -> str:
             f"{where} does not exist: no manifest; index the shards, or name the manifest of "
             "another run by data.manifest=URL"
         ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} is not JSON: {error}; index the shards anew") from error
     if not isinstance(commit, dict) or commit.get("version") != VERSION:
         raise ValueError(f"{where} is not of version {VERSION}; index the shards anew")
-    return str(commit["fingerprint"])
+    if not isinstance(fingerprint := commit.get("fingerprint"), str):
+        raise ValueError(f"{where} has no fingerprint; index the shards anew")
+    return fingerprint
+
+
+def _words(error: Exception) -> str:
+    return f"it lacks {error}" if isinstance(error, KeyError) else str(error)
 
 
 def _column_digest(column: pa.ChunkedArray) -> bytes:

@@ -35,7 +35,7 @@ class RunPlanner:
     def pinned_manifest(self, run: Store) -> Manifest:
         """The snapshot that the run in folder `run` began with: data that grew is for others."""
         if run.exists(_PIN):
-            return self.open_manifest(json.loads(run.read(_PIN))["fingerprint"])
+            return self.open_manifest(_pinned(run))
         manifest = self.open_manifest(None)
         run.write(_PIN, json.dumps({"fingerprint": manifest.fingerprint}).encode())
         return manifest
@@ -66,3 +66,10 @@ class RunPlanner:
         return make_epoch(
             manifest, recipe, store, epoch, self.num_text_tokens, self.text_fingerprint, split
         )
+
+
+def _pinned(run: Store) -> str:
+    try:
+        return str(json.loads(run.read(_PIN))["fingerprint"])
+    except (ValueError, TypeError, LookupError, RecursionError) as error:
+        raise ValueError(f"{run.url}/{_PIN} names no fingerprint of a manifest") from error

@@ -194,6 +194,40 @@ def test_a_damaged_manifest_is_refused(tmp_path, damage):
         read_manifest(store).part(0)
 
 
+@pytest.mark.parametrize("key", ["fingerprint", "version"])
+def test_a_commit_without_a_key_is_a_sentence(tmp_path, key):
+    store = Store(tmp_path)
+    write_manifest(store, make_manifest(clip_table(), "/x"))
+    commit = json.loads(store.read("manifest.json"))
+    for changed in ({k: v for k, v in commit.items() if k != key}, commit | {key: [1]}):
+        store.write("manifest.json", json.dumps(changed).encode())
+        with pytest.raises(
+            ValueError, match=r"manifest\.json (has no fingerprint|is not of version)"
+        ):
+            read_manifest(store)
+    store.write("manifest.json", b"[" * 100_000)
+    with pytest.raises(ValueError, match="is not JSON"):
+        read_manifest(store)
+
+
+@pytest.mark.parametrize(
+    "key", ["shards_url", "first_shard", "scores", "sources", "parts", "encoding"]
+)
+def test_a_snapshot_without_a_key_is_a_sentence(tmp_path, key):
+    store = Store(tmp_path)
+    manifest = make_manifest(clip_table(), "/x")
+    write_manifest(store, manifest)
+    name = f"snapshots/{manifest.fingerprint}.json"
+    snapshot = json.loads(store.read(name))
+    for changed in ({k: v for k, v in snapshot.items() if k != key}, snapshot | {key: 7}, [], 7):
+        store.write(name, json.dumps(changed).encode())
+        with pytest.raises(ValueError, match="index the shards anew"):
+            read_manifest(store)
+    store.write(name, b"[" * 100_000)
+    with pytest.raises(ValueError, match="is not readable"):
+        read_manifest(store)
+
+
 @pytest.mark.parametrize(
     "shard",
     ["file:///etc/passwd", "../etc/passwd", "a/../../x.png", "s3://b/x.png", "file:///x/../etc/y"],

@@ -93,6 +93,15 @@ def test_a_run_keeps_to_the_clips_that_it_began_with(tmp_path: Path) -> None:
     assert sorted(keys(other)) == sorted(f"clip-{i}" for i in range(60) if i % 4)
 
 
+@pytest.mark.parametrize("pin", [b"{}", b"[]", b"7", b"{", b"[" * 100_000])
+def test_a_pin_without_a_fingerprint_is_a_sentence(tmp_path: Path, pin: bytes) -> None:
+    index(tmp_path / "manifest", 4)
+    run = Store(tmp_path / "run")
+    run.write("manifest.json", pin)
+    with pytest.raises(ValueError, match="names no fingerprint"):
+        planner(tmp_path / "manifest").pinned_manifest(run)
+
+
 def test_as_many_epochs_as_the_steps_need_and_one_summary(tmp_path: Path) -> None:
     index(tmp_path / "manifest", 40)
     run, said = Store(tmp_path / "run"), list[str]()
