@@ -27,6 +27,7 @@ from framework.assembly import Assembly
 from framework.config import compose
 from framework.data.config import IndexConfig
 from framework.data.index.job import index, write_index
+from framework.data.index.listing import list_units
 from framework.data.index.shard import index_shard
 from framework.data.plan.store import Plan
 from framework.storage import Store
@@ -190,6 +191,34 @@ def overrides(tmp_path: Path, *more: str) -> list[str]:
         "tracking=none",
         *more,
     ]
+
+
+def test_files_elsewhere_are_read_where_the_user_says_so(tmp_path: Path) -> None:
+    """At indexing, at the reading of the manifest, and at the reading of clips."""
+    for folder in ("clips", "elsewhere"):
+        (tmp_path / folder).mkdir()
+    for number in range(8):
+        (tmp_path / f"elsewhere/{number}.mp4").write_bytes(video(seed=number))
+    paths = [f"{tmp_path}/elsewhere/{number}.mp4" for number in range(8)]
+    (tmp_path / "clips/clips.csv").write_text("\n".join(["path", *paths]))
+    line = [*overrides(tmp_path), f"data.shards={tmp_path}/clips/clips.csv"]
+    allowed = compose([*line, "data.index.anywhere=true", "data.index.heldout_fraction=0"])
+    root, units = list_units(allowed.data.shards, allowed.data.index.anywhere)
+    found = {unit.name: unit.index(root, allowed.data.index) for unit in units}
+    write_index(root, allowed.data.manifest, found, allowed.data.index)
+
+    free = Assembly.of(allowed)
+    plan = free.planner().make(Store(tmp_path / "runs/bad"), 1, lambda _: None)
+    reader = free.reader(free.open_manifest().shards_url)
+    clips = list(clips_of(plan))
+    assert len(clips) == 8
+    assert not any(read.cause for read in reader.read(clips))
+
+    bound = Assembly.of(compose(line))
+    with pytest.raises(ValueError, match=r"lies outside .*data\.index\.anywhere=true"):
+        bound.open_manifest().part(0)
+    with pytest.raises(ValueError, match="lies outside"):
+        list(bound.reader(root).read(clips))
 
 
 def clips_of(plan: Plan) -> Iterator[Any]:

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from framework.assembly import Assembly
-from framework.data.manifest.table import read_manifest
 from framework.data.plan.recipe import Recipe
 from framework.data.plan.views import choose_views
 from framework.train.config import HardwareConfig
@@ -119,7 +118,7 @@ def _grids(assembly: Assembly, recipe: Recipe) -> tuple[list[Grid], str]:
     """Token grids of a mixture of clips, and what they are."""
     url = assembly.data.manifest
     try:
-        clips = read_manifest(url).part(0).slice(0, MIXTURE_CLIPS)
+        clips = assembly.on_videos().open_manifest().part(0).slice(0, MIXTURE_CLIPS)
     except ValueError:
         view = recipe.views.longest_view(recipe.geometry, recipe.max_tokens)
         grid = recipe.geometry.token_grid(view.num_frames, view.height, view.width)

@@ -43,6 +43,15 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("shard", ["file://{}/private", "../private", "a/../../private"])
+def test_ranges_of_a_strange_plan_lie_in_the_store(tmp_path: Path, shard: str) -> None:
+    (tmp_path / "private").write_bytes(BYTES)
+    (tmp_path / "shards").mkdir()
+    pieces = [Piece(shard.format(tmp_path), 0, 10)]
+    with pytest.raises(ValueError, match=r"lies outside|leads out of"):
+        list(fetch(Store(tmp_path / "shards"), pieces))
+
+
 def test_neighbours_are_one_request_and_far_ones_are_not(shards: Path) -> None:
     store = CountingStore(shards)
     near, far = 1000 + MAX_GAP_BYTES, 3 * MAX_GAP_BYTES
