@@ -209,8 +209,9 @@ def _num_pieces(table: pa.Table, max_seconds: float | None) -> np.ndarray:
     frames = table["num_frames"].to_numpy().astype(np.int64)
     if max_seconds is None:
         return np.ones_like(frames)
-    # As many frames as fit, at least one; a nanosecond off does not make another piece.
-    fitting = np.maximum(1, np.floor(table["fps"].to_numpy() * max_seconds + 1e-6)).astype(np.int64)
+    # As many frames as fit, one to all; a nanosecond off does not make another piece.
+    fitting = np.floor(table["fps"].to_numpy() * max_seconds + 1e-6).clip(1, frames)
+    fitting = fitting.astype(np.int64)
     return -(-frames // fitting)
 
 

@@ -5,7 +5,8 @@ A sample is one video or still, with an optional JSON and an optional text file 
     JSON  caption | captions   a text, or a list of texts
           source               the collection it belongs to; `IndexConfig.source` where absent
           video                the source video, whose clips share a split; else the clip itself
-          fps                  overrides a video's own rate, which is often nominal
+          fps                  overrides a video's own rate, which is often nominal; one that is
+                               no sensible rate is reported, and the video keeps its own
           any other number     becomes a score column
     txt   one more caption
 
@@ -27,7 +28,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from framework.data.config import IndexConfig
-from framework.data.manifest.table import SCHEMA, checksum, clip_id
+from framework.data.manifest.table import (
+    LIMITS,
+    SCHEMA,
+    checksum,
+    clip_id,
+    is_within,
+    limits_of,
+)
 from framework.data.parquet import from_parquet, to_parquet
 from framework.data.shards.fetch import fetch
 from framework.data.shards.ranged_file import RangedFile
@@ -48,8 +56,7 @@ from framework.video import VideoError, VideoInfo, probe
 HEAD_BYTES = 512 << 10
 BATCH_BYTES = 64 << 20  # fetched at once
 PROBES = 8  # at once: most of the time they wait for a header at a clip's end
-MAX_FPS = 1000  # high-speed footage is slowed down before it is published
-FORMAT = 1  # of what is kept of a shard
+FORMAT = 2  # of what is kept of a shard
 
 
 @dataclass(frozen=True)
@@ -149,6 +156,7 @@ def _rows(
                 if isinstance(row, ShardProblem):
                     problems.append(row)
                 else:
+                    problems += row.pop("problems")
                     rows.append(row)
     return _table(rows), problems
 
@@ -186,7 +194,7 @@ def _row(
     heads: list[bytes | OSError | EOFError],
     config: IndexConfig,
 ) -> dict[str, Any] | ShardProblem:
-    """One row, with the scores in a dict of their own under "scores"."""
+    """One row; under "scores" a dict of them, under "problems" what could not be used of it."""
     shard, key, clip = sample.shard, sample.key, sample.parts["clip"]
     data: dict[str, bytes] = {}
     for slot, head in zip(sample.parts, heads, strict=True):
@@ -195,6 +203,7 @@ def _row(
         data[slot] = head
     try:
         meta, captions = _read_text(sample.meta, data)
+        fps, no_rate = _rate(meta)
     except (ValueError, RecursionError) as error:  # a JSON nested too deep
         return ShardProblem(shard, clip.offset, "unreadable metadata", key, str(error)[:500])
     try:
@@ -202,7 +211,7 @@ def _row(
     except VideoError as error:
         return ShardProblem(shard, clip.offset, "unreadable video", key, str(error)[:500])
     video = meta.get("video")
-    row = {
+    row: dict[str, Any] = {
         "clip_id": clip_id(shard, key),
         "key": key,
         "shard": shard,
@@ -213,13 +222,21 @@ def _row(
         "checked_bytes": len(data["clip"]),
         "first_frame": 0,
         "num_frames": info.num_frames,
-        "fps": (meta.get("fps") if info.num_frames > 1 else None) or info.fps,
+        "fps": fps if fps and info.num_frames > 1 else info.fps,
         "height": info.height,
         "width": info.width,
         "captions": captions or [""],
         "source": meta.get("source") or config.source,
         "video": str(video) if video not in (None, "") else f"{shard}/{key}",
     }
+    for name in LIMITS:
+        if not is_within(name, row[name]):
+            reason = f"{name}={row[name]} must be {limits_of(name)}"
+            return ShardProblem(shard, clip.offset, "unusable number", key, reason)
+    row["problems"] = []
+    if no_rate and info.num_frames > 1:
+        reason = f"{no_rate}; the clip keeps its own rate, {info.fps:g}"
+        row["problems"].append(ShardProblem(shard, clip.offset, "unusable fps", key, reason))
     used = {*SCHEMA.names, "caption"}
     scores = {name: _number(value) for name, value in meta.items() if name not in used}
     row["scores"] = {name: value for name, value in scores.items() if value is not None}
@@ -253,8 +270,6 @@ def _read_text(meta: Any, data: dict[str, bytes]) -> tuple[dict[str, Any], list[
         raise ValueError(f"source={source!r} is not a text")
     if not isinstance(video := meta.get("video"), str | int | None):
         raise ValueError(f"video={video!r} is neither a text nor a number")
-    if (fps := meta.get("fps")) and not 0 < (_number(fps) or 0) <= MAX_FPS:
-        raise ValueError(f"fps={fps!r} is not a number up to {MAX_FPS}")
     captions: list[Any] = []
     for value in (meta.get("caption"), meta.get("captions")):
         captions += value if isinstance(value, list) else [value]
@@ -264,6 +279,16 @@ def _read_text(meta: Any, data: dict[str, bytes]) -> tuple[dict[str, Any], list[
         raise ValueError(f"caption={wrong[0]!r} is not a text")
     stripped = (caption.strip() for caption in captions if caption)
     return meta, list(dict.fromkeys(caption for caption in stripped if caption))
+
+
+def _rate(meta: dict[str, Any]) -> tuple[float | None, str]:
+    """The JSON's frames a second, or None; and what is wrong with them. Null and 0: not known."""
+    if not (given := meta.get("fps")):
+        return None, ""
+    fps = _number(given)
+    if fps is None or not is_within("fps", fps):
+        return None, f"fps={given!r}"[:400] + f" is not a number {limits_of('fps')}"
+    return fps, ""
 
 
 def _number(value: Any) -> float | None:

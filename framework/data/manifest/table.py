@@ -53,6 +53,21 @@ SCHEMA = pa.schema(
         ("split", pa.string()),  # "train" or "heldout"
     ]
 )
+# What a number may be once it has its column's type, both ends included. The ends are chosen by
+# hand: a frame in a quarter of an hour; high-speed footage, which is slowed down before it is
+# published; a week of film; the longest side of a JPEG.
+_INT64 = 2**63 - 1
+LIMITS: Mapping[str, tuple[float, float]] = {
+    "clip_id": (0, _INT64),
+    "offset": (0, _INT64),
+    "size_bytes": (1, _INT64),
+    "checked_bytes": (0, _INT64),
+    "first_frame": (0, 1 << 24),
+    "num_frames": (1, 1 << 24),
+    "fps": (0.001, 1000),
+    "height": (1, 65535),
+    "width": (1, 65535),
+}
 SPLITS = ("train", "heldout")
 VERSION = 3  # of the format on disk and of the fingerprint
 
@@ -96,6 +111,21 @@ def read_clip_ids(url: str, retry: RetryPolicy = COMMAND) -> frozenset[int]:
 def checksum(payload: bytes | memoryview) -> int:
     """CRC-32 of bytes: noise inside an MP4 decodes without an error, so we must look."""
     return zlib.crc32(payload)
+
+
+def is_within(column: str, value: Any) -> bool:
+    """Whether a value, cast to the type of a column of LIMITS, is within these."""
+    low, high = LIMITS[column]
+    try:
+        return bool(low <= pa.scalar(value, SCHEMA.field(column).type).as_py() <= high)
+    except (pa.ArrowException, OverflowError):  # the type does not hold it
+        return False
+
+
+def limits_of(column: str) -> str:
+    """The limits of a column, for people."""
+    low, high = LIMITS[column]
+    return f"at least {low}" if high == _INT64 else f"from {low} to {high}"
 
 
 def assign_split(video_ids: Iterable[str], heldout_fraction: float) -> list[str]:

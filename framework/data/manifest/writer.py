@@ -14,12 +14,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from framework.data.manifest.table import (
+    LIMITS,
     SCHEMA,
     SPLITS,
     VERSION,
     InStore,
     Manifest,
     fingerprint_of,
+    limits_of,
     part_name,
     snapshot_name,
     table_digest,
@@ -204,19 +206,13 @@ def _conform(table: pa.Table) -> pa.Table:
         raise ValueError('column captions has empty cells; write "" for no caption')
     for name in sorted(set(table.column_names) - set(SCHEMA.names)):
         score = _cast(table[name], pa.float64(), name)
-        # One way to say "no score": not-a-number is made null.
-        columns[name] = pc.if_else(pc.is_nan(score), None, score)
+        # One way to say "no score": not-a-number and infinities are made null.
+        columns[name] = pc.if_else(pc.is_finite(score), score, None)
     table = pa.table(columns)
-    zero = ("clip_id", "offset", "checked_bytes", "first_frame")
-    one = ("size_bytes", "num_frames", "height", "width")
-    lows = dict.fromkeys(zero, 0) | dict.fromkeys(one, 1)
-    for column, low in lows.items():
-        _demand(table, pc.greater_equal(table[column], low), f"{column} must be at least {low}")
-    _demand(
-        table,
-        pc.and_(pc.greater(table["fps"], 0), pc.is_finite(table["fps"])),
-        "fps must be above 0 and finite",
-    )
+    for column, (low, high) in LIMITS.items():
+        cells = table[column]
+        holds = pc.and_(pc.greater_equal(cells, low), pc.less_equal(cells, high))
+        _demand(table, holds, f"{column} must be {limits_of(column)}")
     _demand(table, pc.greater(pc.list_value_length(table["captions"]), 0), "captions may not be []")
     _demand(
         table,

@@ -2,10 +2,13 @@ import dataclasses
 import functools
 import io
 import json
+import math
 import random
+import struct
 import tarfile
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 
 import av
 import numpy as np
@@ -22,7 +25,7 @@ from framework.data.index import job as index_module
 from framework.data.index.job import index, write_index
 from framework.data.index.listing import Unit, list_units
 from framework.data.index.shard import ShardIndex, index_files, index_shard, made_of
-from framework.data.manifest.table import checksum, clip_id, read_manifest
+from framework.data.manifest.table import SCHEMA, checksum, clip_id, read_manifest
 from framework.data.shards.tar import write_shards
 from framework.storage import Store
 from framework.video import encode
@@ -42,6 +45,10 @@ def still_bytes(height=20, width=30):
 
 
 VIDEO = video_bytes()
+
+
+def repr_cut(value):
+    return repr(value)[:20]
 
 
 def write_tar(store, name, members):
@@ -154,9 +161,6 @@ def test_captions(tmp_path, parts, captions):
         ({"json_value": {"caption": 7}}, "unreadable metadata"),
         ({"json_value": {"source": ["x"]}}, "unreadable metadata"),
         ({"json_value": {"video": {}}}, "unreadable metadata"),
-        ({"json_value": {"fps": "24"}}, "unreadable metadata"),
-        ({"json_value": {"fps": -1}}, "unreadable metadata"),
-        ({"json_value": {"fps": 1e300}}, "unreadable metadata"),
         ({"txt": b"\xff\xfe"}, "unreadable metadata"),
         ({"mp4": b"no video at all"}, "unreadable video"),
         ({"mp4": VIDEO[: len(VIDEO) // 2]}, "unreadable video"),
@@ -174,6 +178,85 @@ def test_frame_rate_of_the_json_counts_for_videos_alone(tmp_path):
     write_shards(Store(tmp_path), [{"__key__": "s", "png": still_bytes(), "json": {"fps": 12}}], 1)
     (row,) = index_here(Store(tmp_path))["shard-000000.tar"].table.to_pylist()
     assert (row["num_frames"], row["fps"], row["height"], row["width"]) == (1, 1.0, 20, 30)
+
+
+NONSENSE = (1e-60, 1e-4, -1, -1e-60, 1e300, 2000, 10**400, math.nan, math.inf, -math.inf, True)
+
+
+@pytest.mark.parametrize("fps", [*NONSENSE, "24", [24], {"a": 1}, "x" * 100_000], ids=repr_cut)
+def test_a_nonsensical_rate_is_reported_and_the_clip_keeps_its_own(tmp_path, fps):
+    store = Store(tmp_path / "shards")
+    still = {"__key__": "s", "png": still_bytes(), "json": {"fps": fps}}
+    samples = [{"__key__": "a", "mp4": VIDEO, "json": {"fps": fps, "score": 2}}, still]
+    write_shards(store, [*samples, {"__key__": "b", "mp4": VIDEO, "json": {"fps": 12}}], 3)
+    report = write_index(store.url, str(tmp_path / "manifest"), index_here(store), CONFIG)
+    rows = read_manifest(str(tmp_path / "manifest")).table.to_pylist()
+    assert {row["key"]: row["fps"] for row in rows} == {"a": 8, "s": 1, "b": 12}
+    assert report.failures == {"unusable fps": 1}
+    (problem,) = report.problems
+    assert (problem.name, problem.shard) == ("a", "shard-000000.tar")
+    assert problem.reason.startswith("fps=")
+    assert problem.reason.endswith(
+        "is not a number from 0.001 to 1000; the clip keeps its own rate, 8"
+    )
+    assert len(problem.reason) < 500
+    assert "1 x unusable fps" in str(report)
+
+
+@pytest.mark.parametrize("value", [*NONSENSE, 0, -0.0, 1, 2**31, 2**63, 2**64, 1e39, "7"])
+def test_no_number_in_a_json_stops_an_index(tmp_path, value):
+    """Every field that a manifest has, and scores; clips beside it are indexed."""
+    store = Store(tmp_path / "shards")
+    names = [*SCHEMA.names, "score", "caption", "-"]
+    samples = [{"__key__": f"k-{n}", "mp4": VIDEO, "json": {n: value}} for n in names]
+    write_shards(store, [*samples, {"__key__": "beside", "mp4": VIDEO}], len(names) + 1)
+    report = write_index(store.url, str(tmp_path / "manifest"), index_here(store), CONFIG)
+    table = read_manifest(str(tmp_path / "manifest")).table
+    left = {problem.name for problem in report.problems}
+    assert {"beside", "k-score", "k-height"} <= set(table["key"].to_pylist())
+    assert left <= {"k-caption", "k-captions", "k-source", "k-fps", "k-video"}
+    assert len(table) >= len(names) + 1 - len(left)
+
+
+def odd_video(ticks_per_s=None, pixel=None):
+    """Four frames in slots of 2048 ticks; `pixel` is the shape of one, width and height."""
+    frames, sink = io.BytesIO(VIDEO), io.BytesIO()
+    with av.open(frames) as old, av.open(sink, "w", format="mp4") as new:
+        stream = new.add_stream("libx264", rate=8)
+        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
+        stream.codec_context.sample_aspect_ratio = Fraction(4, 3)
+        for frame in old.decode(video=0):
+            new.mux(stream.encode(frame))
+        new.mux(stream.encode())
+    data = sink.getvalue()
+    if ticks_per_s:
+        at = data.index(b"mdhd") + 16
+        data = data[:at] + struct.pack(">I", ticks_per_s) + data[at + 4 :]
+    if pixel:
+        at = data.index(b"pasp") + 4
+        data = data[:at] + struct.pack(">II", *pixel) + data[at + 8 :]
+    return data
+
+
+@pytest.mark.parametrize(
+    ("odd", "fact"),
+    [
+        ({"ticks_per_s": 2**31 - 1}, "fps=1048575"),
+        ({"pixel": (60_000, 1)}, "width=2880000"),
+        ({"pixel": (2**31 - 1, 1)}, "width=103079215056"),
+        ({"pixel": (1, 2**30)}, "height=34359738368"),
+    ],
+)
+def test_a_file_whose_own_numbers_are_no_use_is_quarantined_alone(tmp_path, odd, fact):
+    store = Store(tmp_path / "shards")
+    samples = [{"__key__": "a", "mp4": odd_video(**odd)}, {"__key__": "b", "mp4": odd_video()}]
+    write_shards(store, samples, 2)
+    report = write_index(store.url, str(tmp_path / "manifest"), index_here(store), CONFIG)
+    assert read_manifest(str(tmp_path / "manifest")).table["key"].to_pylist() == ["b"]
+    (problem,) = report.problems
+    assert (problem.cause, problem.name) == ("unusable number", "a")
+    assert problem.reason.startswith(fact)
+    assert " must be from " in problem.reason
 
 
 def messy_shards(store):
