@@ -33,6 +33,7 @@ from framework.hydra_limits import check_option, check_override
 from framework.kinds import Kinds, Package
 from framework.mapping import flatten, free, free_keys, masked, to_mapping, unflatten
 from framework.objectives.objective import ObjectiveConfig
+from framework.printable import printable_page
 from framework.run.identity import Identity, RunSection
 from framework.sample.config import SampleConfig
 from framework.tracking.tracker import TrackerConfig
@@ -122,7 +123,7 @@ def entry(function: Callable[[RunConfig], None], section: str = "") -> None:
         except (ValueError, OSError) as error:  # what a user gave, and the places that it names
             if os.environ.get("LONGTAKE_TRACEBACK"):
                 raise
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {printable_page(error)}", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt as stop:
             print(str(stop) or "stopped; the same command goes on", file=sys.stderr)
@@ -131,7 +132,7 @@ def entry(function: Callable[[RunConfig], None], section: str = "") -> None:
     try:
         sys.argv[1:] = _for_hydra([_in_section(a, section) for a in sys.argv[1:]])
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable_page(error)}", file=sys.stderr)
         sys.exit(2)
     run()
 

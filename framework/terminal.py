@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
+from framework.printable import printable_page
 from framework.run.logs import RunLog
 
 Line = dict[str, Any]  # {"stage"}, {"text"}, or a step with its figures
@@ -40,8 +41,8 @@ class Terminal:
                 self._out = kept
 
     def say(self, text: str) -> None:
-        """One line."""
-        print(text, file=self._out, flush=True)
+        """Words of our own, mostly one line; no control character in them reaches the terminal."""
+        print(printable_page(text), file=self._out, flush=True)
 
     def stage(self, number: int, count: int, name: str, rest_s: float) -> None:
         """A new stage; `rest_s` is what it and the later ones take, by experience."""

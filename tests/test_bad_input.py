@@ -314,6 +314,14 @@ def command_line(
     )
 
 
+@pytest.mark.slow
+def test_no_control_character_of_an_error_reaches_the_terminal() -> None:
+    done = command_line("framework.data.plan", "data.where=\x1b[2J\u202e > (")
+    assert done.returncode == 2, done.stdout
+    assert r"error: data.where=\x1b[2J\u202e > ( cannot be read" in done.stdout
+    assert not set(done.stdout) & set("\x1b\u202e")
+
+
 @pytest.mark.parametrize(
     ("url", "words"),
     [

@@ -22,3 +22,14 @@ def test_a_line_says_how_far_and_how_long_still() -> None:
     assert "60/100" in last
     assert "1,234 tokens/s" in last
     assert last.endswith("to go")
+
+
+def test_no_text_of_a_line_moves_the_cursor() -> None:
+    out = io.StringIO()
+    terminal = Terminal(out=out)
+    terminal.say("one\n\x1b[2Jtwo\x9b\r\u202e")
+    terminal.show({"text": "clip \x1b]0;title\x07 " + "x" * 1_000_000})
+    shown = out.getvalue()
+    assert shown.startswith("one\n\\x1b[2Jtwo\\x9b\\r\\u202e\n")
+    assert len(shown) < 101_000
+    assert not set(shown) & set("\x1b\x9b\r\x07\u202e")

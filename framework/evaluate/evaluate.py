@@ -32,6 +32,7 @@ from framework.evaluate.metrics.validation import validation_loss
 from framework.evaluate.metrics.video_distance import VideoDistance
 from framework.mapping import flatten, is_below, masked, to_mapping
 from framework.objectives.objective import DiffusionObjective
+from framework.printable import printable
 from framework.run.checkpoint import find_checkpoint
 from framework.sample.generate import Prompt, generate
 from framework.storage import Store
@@ -207,7 +208,7 @@ def _subjects(
         try:
             subjects.append(_Subject(clip.caption, clip.fps, reader.frames(clip), None))
         except (VideoError, EOFError, OSError) as error:
-            say(f"skipped {clip.key}: {error}")
+            say(printable(f"skipped {clip.key}: {error}"))
     if not subjects:
         raise ValueError(
             "no held-out clip of more than one frame can be read; there is nothing to sample"
@@ -228,7 +229,7 @@ def _batches(
     for step, pack in islice(packs, count):
         batch = assemble(pack, reader, plan.recipe, False, epoch_step=step)
         for failure in batch.failed:
-            say(f"skipped {failure}")
+            say(printable(f"skipped {failure}"))
         yield batch
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from framework.contact_sheet import contact_sheet
+from framework.printable import printable_page
 from framework.sample.generate import Prompt
 from framework.storage import Store, join_url
 from framework.video import encode
@@ -28,6 +29,6 @@ def write_videos(prompts: Sequence[Prompt], videos: Sequence[np.ndarray], out: S
         # H.264 in 4:2:0 wants even sizes: an odd last row or column is repeated.
         odd = [(0, 0), *((0, size % 2) for size in frames.shape[1:3]), (0, 0)]
         out.write(names[-1], encode(np.pad(frames, odd, mode="edge"), prompt.fps))
-    sheet = contact_sheet(videos, [prompt.text for prompt in prompts])
+    sheet = contact_sheet(videos, [printable_page(prompt.text, 400) for prompt in prompts])
     out.write("contact-sheet.png", sheet)
     return [join_url(out.url, name) for name in [*names, "contact-sheet.png"]]

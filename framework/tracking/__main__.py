@@ -7,6 +7,7 @@ journal may come from a stranger.
 import sys
 from pathlib import Path
 
+from framework.printable import printable_page
 from framework.tracking.mlflow import MlflowConfig
 
 _URI = "tracking.uri="
@@ -24,7 +25,7 @@ def main(arguments: list[str]) -> int:
         config = MlflowConfig(uri=arguments[1].removeprefix(_URI))
         done = config.replay(folder, 600, lambda text: print(text, file=sys.stderr))
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable_page(error)}", file=sys.stderr)
         return 2
     print("all sent" if done else f"not all was sent; the rest stays in {folder}")
     return 0 if done else 1

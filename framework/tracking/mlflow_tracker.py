@@ -21,6 +21,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+from framework.printable import printable
 from framework.tracking.journal import Foreign, Journal
 from framework.tracking.tracker import Status
 
@@ -240,7 +241,9 @@ class MlflowTracker:
             self._num_refused += 1
             if self._num_refused == 1:
                 _logger.warning(
-                    "an entry is refused (later ones are counted): %s: %s", batch, error
+                    "an entry is refused (later ones are counted): %s: %s",
+                    printable(batch, 1000),
+                    printable(error, 1000),
                 )
         if self._down:
             _logger.warning("MLflow takes this run's figures again")

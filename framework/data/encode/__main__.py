@@ -4,6 +4,7 @@ from framework.assembly import Assembly
 from framework.cluster import connect
 from framework.config import RunConfig, entry
 from framework.data.encode.job import encode
+from framework.printable import printable_page
 
 
 def main(config: RunConfig) -> None:
@@ -23,7 +24,7 @@ def main(config: RunConfig) -> None:
         config.data.encode,
         lambda done, total: print(f"  {done:,} of {total:,} clips", flush=True),
     )
-    print(report)
+    print(printable_page(report))
 
 
 if __name__ == "__main__":

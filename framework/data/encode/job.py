@@ -78,7 +78,7 @@ class EncodeReport:
             f"  refused by the recipe  {causes or 'none'}",
             f"  could not be encoded   {len(self.problems):,}",
         ]
-        lines += [f"    {one.shard} {one.name!r} {one.reason}"[:120] for one in self.problems[:3]]
+        lines += [f"    {one.shown(120)}" for one in self.problems[:3]]
         lines.append(f"  manifest               {self.url} {self.fingerprint}")
         return "\n".join(lines)
 

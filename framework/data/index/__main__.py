@@ -4,6 +4,7 @@ from framework.cluster import connect
 from framework.config import RunConfig, entry
 from framework.data.index.job import index
 from framework.data.index.listing import list_units
+from framework.printable import printable_page
 
 
 def main(config: RunConfig) -> None:
@@ -11,7 +12,8 @@ def main(config: RunConfig) -> None:
     # A mistake is answered before Ray starts.
     list_units(config.data.shards, config.data.index.anywhere)
     connect(config.cluster)
-    print(index(config.data.shards, config.data.manifest, config.data.index))
+    report = index(config.data.shards, config.data.manifest, config.data.index)
+    print(printable_page(report))
 
 
 if __name__ == "__main__":

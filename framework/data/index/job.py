@@ -32,6 +32,7 @@ from framework.data.index.shard import ShardIndex, index_shard, made_of
 from framework.data.manifest.table import SCHEMA, assign_split, clip_id
 from framework.data.manifest.writer import cut_into_parts, save_manifest
 from framework.data.shards.tar import ShardProblem
+from framework.printable import printable, printable_page
 from framework.storage import Store, join_url
 
 __all__ = ["IndexConfig", "IndexReport", "ShardIndex", "index", "index_shard", "write_index"]
@@ -142,7 +143,7 @@ def _index_on_ray(
     while waiting or running:
         while waiting and len(running) < MAX_IN_FLIGHT:
             unit = waiting.pop()
-            options = task.options(name=f"index {unit.name}")
+            options = task.options(name=f"index {printable(unit.name)}")
             running[options.remote(root, unit, config, kept)] = unit
         for ref in ray.wait(list(running))[0]:
             unit = running.pop(ref)
@@ -151,7 +152,8 @@ def _index_on_ray(
             except ray.exceptions.RayError as error:
                 for other in running:
                     ray.cancel(other)
-                raise RuntimeError(f"{join_url(root, unit.name)}: {error}") from error
+                where = printable(join_url(root, unit.name))
+                raise RuntimeError(f"{where}: {printable_page(error)}") from error
             done += 1
             on_progress(done, len(units))
 

@@ -17,6 +17,7 @@ import pyarrow.json
 from framework.data.config import TABLES, IndexConfig, split_shards_url
 from framework.data.index.shard import FORMAT, ShardIndex, index_files, index_shard
 from framework.data.parquet import read_table
+from framework.printable import printable
 from framework.seeding import hash64
 from framework.storage import Store, join_url, normalize_url
 
@@ -69,8 +70,8 @@ def list_units(shards_url: str, anywhere: bool = False) -> tuple[str, list[Unit]
     names = store.list()
     if packed := [name for name in names if name.endswith(COMPRESSED)]:
         raise ValueError(
-            f"shards_url={store.url!r} has compressed shards ({packed[0]}, …), which have no byte "
-            "offsets; unpack them to .tar"
+            f"shards_url={store.url!r} has compressed shards ({printable(packed[0])}, …), which "
+            "have no byte offsets; unpack them to .tar"
         )
     units = [Unit(name) for name in names if name.endswith(".tar")]
     if not units:
@@ -86,9 +87,10 @@ def _table_units(store: Store, name: str) -> list[Unit]:
     try:
         table = _read_table(store, name)
     except (FileNotFoundError, pa.ArrowInvalid) as error:
-        raise ValueError(f"{where} is not a table of files: {error}") from error
+        raise ValueError(f"{where} is not a table of files: {printable(error, 500)}") from error
     if "path" not in table.column_names:
-        raise ValueError(f"{where} lacks the column path; it has {', '.join(table.column_names)}")
+        have = printable(", ".join(table.column_names))
+        raise ValueError(f"{where} lacks the column path; it has {have}")
     paths = table["path"].cast(pa.string()).to_pylist()
     if not paths:
         raise ValueError(f"{where} lists no file")
@@ -103,7 +105,7 @@ def _table_units(store: Store, name: str) -> list[Unit]:
     column = pa.array(relative, pa.string())
     counts = pc.value_counts(column)
     if twins := counts.filter(pc.greater(counts.field("counts"), 1)).field("values").to_pylist():
-        raise ValueError(f"{where} lists {twins[0]} twice")
+        raise ValueError(f"{where} lists {printable(twins[0])} twice")
     table = table.set_column(table.column_names.index("path"), "path", column)
     stretches = [
         table.slice(start, FILES_PER_UNIT) for start in range(0, len(paths), FILES_PER_UNIT)

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from framework.data.shards.tar import EXTENSIONS, ShardProblem
+from framework.printable import printable
 from framework.storage import join_url
 
 QUANTILES = (0.0, 0.05, 0.5, 0.95, 1.0)
@@ -99,7 +100,7 @@ class IndexReport:
             lines.append(f"  left out         {count} x {cause}")
             some = [problem for problem in self.problems if problem.cause == cause][:3]
             for problem in some:
-                lines.append(f"    {problem.shard} {problem.name!r} {problem.reason}"[:120])
+                lines.append(f"    {problem.shown(120)}")
         if self.problems:
             lines.append(f"  all of them in   {join_url(self.manifest_url, 'quarantine.json')}")
         if not self.num_heldout:
@@ -127,5 +128,5 @@ def _durations(quantiles: dict[str, float]) -> str:
 
 
 def _first(counts: dict[str, int], limit: int = 6) -> str:
-    shown = [f"{name} {count}" for name, count in list(counts.items())[:limit]]
+    shown = [f"{printable(name, 60)} {count}" for name, count in list(counts.items())[:limit]]
     return ", ".join(shown) + (f", … {len(counts) - limit} more" if len(counts) > limit else "")

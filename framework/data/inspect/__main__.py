@@ -3,6 +3,7 @@
 from framework.assembly import Assembly
 from framework.config import RunConfig, entry
 from framework.data.inspect.page import inspect
+from framework.printable import printable_page
 from framework.storage import Store, join_url
 
 
@@ -18,7 +19,7 @@ def main(config: RunConfig) -> None:
     reader = assembly.reader(manifest.shards_url)
     facts = inspect(plan, manifest, reader, config.cluster.max_workers, out)
     for name, value in facts.items():
-        print(f"  {name:24} {value}")
+        print(printable_page(f"  {name:24} {value}"))
     print(join_url(out.url, "report.html").removeprefix("file://"))
 
 

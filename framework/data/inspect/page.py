@@ -25,6 +25,7 @@ from framework.data.manifest.table import Manifest
 from framework.data.plan.rows import ClipPlan, PackPlan
 from framework.data.plan.store import Plan
 from framework.data.stream.collate import ClipReader
+from framework.printable import printable, printable_page
 from framework.storage import Store
 from framework.video import VideoError
 
@@ -125,7 +126,9 @@ def _facts(plan: Plan, seen: Seen, num_ranks: int, costs: np.ndarray) -> dict[st
         "imbalance": f"{summary.imbalance:.3f}: the dearest pack over the mean pack of a step",
         "clips in a pack": f"{len(seen.clips) / len(costs):.1f} on the average",
         "captions": f"{1 - empty:.1%} shown, the others dropped or absent",
-        "sources": ", ".join(f"{name} {n / len(seen.clips):.1%}" for name, n in sources[:8]),
+        "sources": ", ".join(
+            f"{printable(name, 60)} {n / len(seen.clips):.1%}" for name, n in sources[:8]
+        ),
         "ranks": f"{num_ranks}; packs of each in a step: "
         f"{-(-summary.global_batch_packs // num_ranks)}",
     }
@@ -203,9 +206,9 @@ def _sheet(pack: PackPlan, reader: ClipReader) -> bytes:
             frames = reader.frames(clip)
         except (VideoError, EOFError, OSError) as error:
             frames = np.full((1, clip.view.height, clip.view.width, 3), 200, np.uint8)
-            captions.append(f"cannot be read: {error}")
+            captions.append(printable(f"cannot be read: {error}"))
         else:
-            captions.append(clip.caption or "(no caption)")
+            captions.append(printable_page(clip.caption, 400) or "(no caption)")
         videos.append(frames)
     tokens = sum(clip.tokens for clip in pack.clips)
     title = f"a pack of {len(pack.clips)} clips, {tokens:,} tokens; {len(clips)} shown"
@@ -227,7 +230,7 @@ def _page(plan: Plan, facts: dict[str, str], images: Sequence[bytes]) -> str:
         f"th{{text-align:left;font-weight:400;color:{_FAINT};padding-right:2rem;"
         "vertical-align:top;white-space:nowrap}img{max-width:100%;display:block;margin:1.5rem 0}"
     )
-    title = f"Plan {plan.digest}: what training will see"
+    title = html.escape(f"Plan {plan.digest}: what training will see")
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>'
         f"<style>{style}</style><h1>{title}</h1><table>{rows}</table>{pictures}</html>"

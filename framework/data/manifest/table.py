@@ -27,6 +27,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from framework.data.parquet import read_table
+from framework.printable import printable
 from framework.seeding import hash64
 from framework.storage import COMMAND, RetryPolicy, Store, join_url, normalize_url
 
@@ -103,7 +104,8 @@ def read_clip_ids(url: str, retry: RetryPolicy = COMMAND) -> frozenset[int]:
                 ids.add(clip_id(shard, key.strip()))
             case _:
                 raise ValueError(
-                    f"{url}, line {number}: {line!r} is neither a clip_id nor a shard and a key"
+                    f"{url}, line {number}: '{printable(line)}' is neither a clip_id nor a "
+                    "shard and a key"
                 )
     return frozenset(ids)
 
@@ -184,7 +186,8 @@ class InStore:
         try:
             table = read_table(self.store, name)
         except (pa.ArrowInvalid, FileNotFoundError) as error:
-            raise ValueError(f"{where} is not readable: {error}; index the shards anew") from error
+            why = printable(error, 500)
+            raise ValueError(f"{where} is not readable: {why}; index the shards anew") from error
         if table_digest(table) != self.digests[index]:
             raise ValueError(f"{where} holds other rows than were committed; index the shards anew")
         if self.shards is not None:

@@ -15,6 +15,8 @@ from typing import Any
 
 import pyarrow.compute as pc
 
+from framework.printable import printable
+
 # What a filter may ask beside the scores.
 COLUMNS = ("num_frames", "fps", "height", "width", "size_bytes", "source", "shard", "key", "video")
 
@@ -83,8 +85,8 @@ class _Reader:
             case ast.Name(id=name):
                 if name not in self.names:
                     near = difflib.get_close_matches(name, self.names, 1)
-                    hint = f"did you mean {near[0]}?" if near else ""
-                    have = ", ".join(self.names)
+                    hint = f"did you mean {printable(near[0])}?" if near else ""
+                    have = printable(", ".join(self.names), 2000)
                     raise ValueError(
                         f"where={self.text!r}: no column {name!r}; {hint} There are {have}"
                     )

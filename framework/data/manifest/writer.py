@@ -27,6 +27,7 @@ from framework.data.manifest.table import (
     table_digest,
 )
 from framework.data.parquet import to_parquet
+from framework.printable import printable
 from framework.storage import Store, normalize_url
 
 # Clips in a part, at most, on the average: some 100 MB in memory, captions and all.
@@ -102,7 +103,8 @@ def _in_order(table: pa.Table) -> pa.Table:
     table = table.take(pc.sort_indices(table["clip_id"])).combine_chunks()
     ids = table["clip_id"].to_numpy()
     if (twins := np.flatnonzero(ids[1:] == ids[:-1])).size:
-        first, second = table.slice(twins[0], 2).select(["shard", "key"]).to_pylist()
+        rows = table.slice(twins[0], 2).select(["shard", "key"]).to_pylist()
+        first, second = (printable(row) for row in rows)
         raise ValueError(
             f"clip_id {ids[twins[0]]} belongs to both {first} and {second}; rename one key"
         )
@@ -226,13 +228,16 @@ def _cast(column: pa.ChunkedArray, kind: pa.DataType, name: str) -> pa.ChunkedAr
     try:
         return column.cast(kind)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        raise ValueError(f"column {name}: {column.type} is not {kind}: {error}") from error
+        raise ValueError(
+            f"column {printable(name)}: {column.type} is not {kind}: {error}"
+        ) from error
 
 
 def _demand(table: pa.Table, holds: pa.ChunkedArray, rule: str) -> None:
     if not pc.all(holds, min_count=0).as_py():
         row = table.filter(pc.invert(holds)).slice(0, 1).select(["shard", "key"]).to_pylist()[0]
-        raise ValueError(f"clip {row['key']!r} of shard {row['shard']!r}: {rule}")
+        key, shard = printable(row["key"]), printable(row["shard"])
+        raise ValueError(f"clip '{key}' of shard '{shard}': {rule}")
 
 
 def _to_json(value: object) -> bytes:

@@ -44,6 +44,7 @@ from framework.data.plan.views import (
     stored_views,
 )
 from framework.data.plan.writer import PlanWriter
+from framework.printable import printable
 from framework.seeding import hash64, hash64_array
 from framework.storage import Store
 
@@ -150,7 +151,7 @@ def make_epoch(
 def check_choice(manifest: ClipTable, recipe: Recipe) -> None:
     """ValueError where the recipe names a source or a column that the manifest has not."""
     if unknown := sorted(set(recipe.sources) - set(manifest.sources)):
-        have = ", ".join(manifest.sources)
+        have = printable(", ".join(manifest.sources))
         raise ValueError(f"sources names {unknown[0]!r}; the manifest has {have}")
     if recipe.where:
         parse_where(recipe.where, manifest.scores)

@@ -18,6 +18,7 @@ from io import BytesIO
 from typing import IO, Any, cast
 
 from framework.data.shards.ranged_file import RangedFile
+from framework.printable import printable
 from framework.storage import Store, with_retries
 
 VIDEO_EXTENSIONS = ("mp4", "mov", "webm", "mkv")
@@ -54,6 +55,13 @@ class ShardProblem:
     cause: str  # a kind, to count by: "truncated", "unsafe member", …
     name: str = ""  # the member or the key, where one is known
     reason: str = ""
+
+    def shown(self, max_chars: int) -> str:
+        """Where, what and why, for people."""
+        return printable(f"{self.shard} {self.name!r} {self.reason}", max_chars)
+
+    def __str__(self) -> str:
+        return f"{self.cause}: {self.shown(500)}"
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -108,7 +116,7 @@ def read_members(store: Store, name: str) -> tuple[list[Member], list[ShardProbl
                 problems.append(found)
             elif refusal := _refusal(found):
                 cause, reason = refusal
-                where = _printable(found.name)
+                where = _as_utf8(found.name)
                 problems.append(ShardProblem(name, found.offset, cause, where, reason))
             elif found.isreg():
                 key, ext = split_name(found.name)
@@ -229,7 +237,7 @@ def _walk(reader: _HeaderFile, shard: str) -> Iterator[tarfile.TarInfo | ShardPr
             return
         if not 0 <= info.size <= reader.size_bytes - info.offset_data:
             reason = f"{info.size} bytes at {info.offset_data} of a file of {reader.size_bytes}"
-            yield ShardProblem(shard, info.offset, "truncated", _printable(info.name), reason)
+            yield ShardProblem(shard, info.offset, "truncated", _as_utf8(info.name), reason)
             return
         yield info
         start = tar.offset
@@ -241,7 +249,7 @@ def _walk(reader: _HeaderFile, shard: str) -> Iterator[tarfile.TarInfo | ShardPr
         yield ShardProblem(shard, start, "truncated", reason=reason)
 
 
-def _printable(name: str) -> str:
+def _as_utf8(name: str) -> str:
     """A name from a tar as text that can be stored and shown, whatever bytes it had."""
     return name.encode("utf-8", "backslashreplace").decode()
 

@@ -27,6 +27,7 @@ from framework.data.index.listing import Unit, list_units
 from framework.data.index.shard import ShardIndex, index_files, index_shard, made_of
 from framework.data.manifest.table import SCHEMA, checksum, clip_id, read_manifest
 from framework.data.shards.tar import write_shards
+from framework.printable import printable_page
 from framework.storage import Store
 from framework.video import encode
 
@@ -739,3 +740,42 @@ def test_an_index_goes_on_where_it_was(tmp_path, two_cpus):
     assert all(row in second.table.to_pylist() for row in same)
     in_full = index(store.url, kept.url, dataclasses.replace(CONFIG, checksum=True))
     assert in_full.num_ignored == 0
+
+
+EVIL = "\x1b[2J\r\n\x9bforged line\u202e"
+
+
+def test_no_text_of_data_reaches_a_terminal_or_an_error_as_it_is(tmp_path):
+    """Sources, keys and names of columns are shown escaped and cut; files keep the true text."""
+    store = Store(tmp_path / "shards")
+    key = "k\u202e\x9b"
+    good = {"__key__": "a", "mp4": VIDEO, "json": {"source": EVIL, EVIL: 1}}
+    bad = [{"__key__": f"{key}{i}", "mp4": b"noise" * 99} for i in range(2)]
+    write_shards(store, [good, *bad, {"__key__": "d", "mp4": VIDEO, "json": {"fps": EVIL}}], 4)
+    report = write_index(store.url, str(tmp_path / "manifest"), index_here(store), CONFIG)
+    shown = printable_page(report)
+    assert not set(shown) & set("\x1b\r\x9b\u202e")
+    assert not [line for line in shown.splitlines() if line.startswith(("forged", "\\x9bforged"))]
+    assert r"\x1b[2J\r\n\x9bforged line\u202e 1" in shown
+    manifest = read_manifest(str(tmp_path / "manifest"))
+    assert EVIL in manifest.sources
+    assert manifest.scores == (EVIL,)
+    quarantine = json.loads(Store(tmp_path / "manifest").read("quarantine.json"))
+    assert {f"{key}0", f"{key}1"} < {entry["name"] for entry in quarantine}
+
+    write_tar(store, "shard-000000.tar", [(f"{key}.mp4", b"noise" * 99)])
+    with pytest.raises(ValueError, match="hold no clip") as caught:
+        write_index(store.url, str(tmp_path / "other"), index_here(store), CONFIG)
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    "table",
+    [f'"{EVIL}",b\n1,2\n', f'path\n"a{EVIL}.mp4"\n"a{EVIL}.mp4"\n', f'path,b\n"{EVIL}"\n'],
+    ids=["column", "twice", "parser"],
+)
+def test_no_text_of_a_table_reaches_an_error_as_it_is(tmp_path, table):
+    Store(tmp_path).write("clips.csv", table.encode())
+    with pytest.raises(ValueError, match=r"\\x1b\[2J") as caught:
+        list_units(f"{tmp_path}/clips.csv")
+    assert str(caught.value).isprintable()

@@ -15,7 +15,9 @@ from framework.data.index.job import write_index
 from framework.data.index.shard import index_shard
 from framework.data.inspect.page import inspect
 from framework.data.manifest.table import read_manifest
+from framework.data.shards.tar import write_shards
 from framework.storage import Store
+from framework.video import encode
 
 
 @pytest.fixture
@@ -65,3 +67,28 @@ def test_a_clip_that_cannot_be_read_is_said(line: Assembly, tmp_path: Path) -> N
     facts = inspect(plan, manifest, reader, 1, Store(tmp_path / "out"))
     assert (tmp_path / "out/report.html").exists()
     assert facts["clips used"]
+
+
+def test_names_of_sources_are_text_on_the_page_and_in_the_terminal(tmp_path: Path) -> None:
+    name = "<script>x</script>\x1b[2J\n\u202e" + "x" * 100_000
+    clips = Store(tmp_path / "clips")
+    frames = np.random.default_rng(0).integers(0, 255, (8, 32, 32, 3), np.uint8)
+    write_shards(
+        clips,
+        [{"__key__": f"{i}", "mp4": encode(frames, 8.0), "json": {"source": name}} for i in "ab"],
+        2,
+    )
+    chosen = IndexConfig(heldout_fraction=0.0)
+    found = {n: index_shard(clips.url, n, chosen) for n in clips.list()}
+    write_index(clips.url, f"{tmp_path}/manifest", found, chosen)
+    overrides = [f"data.shards={clips.url}", f"data.manifest={tmp_path}/manifest"]
+    line = Assembly.of(compose(["experiment=demo", "data.max_tokens=256", *overrides]))
+    manifest = read_manifest(line.data.manifest)
+    plan = line.planner().make(Store(tmp_path / "run"), 1, lambda text: None)
+    facts = inspect(plan, manifest, line.reader(clips.url), 1, Store(tmp_path / "out"))
+    assert facts["sources"].startswith(r"<script>x</script>\x1b[2J\n\u202exxx")
+    assert facts["sources"].isprintable()
+    assert len(facts["sources"]) < 200
+    page = (tmp_path / "out/report.html").read_text()
+    assert "<script>" not in page
+    assert r"&lt;script&gt;x&lt;/script&gt;\x1b[2J\n\u202e" in page

@@ -13,6 +13,7 @@ from framework.batch import PackedBatch
 from framework.train.loop import StepOutput
 from framework.train.observers.meters.meter import Meter
 
+MAX_NAME_CHARS = 100  # of a source in a metric; MLflow takes 250 with all that stands before it
 Sums = dict[str, tuple[float, float]]  # name of a metric -> sum of loss, and of what it is over
 
 
@@ -68,7 +69,7 @@ def source_metrics(sources: Sequence[str]) -> list[str]:
     names: list[str] = []
     for source in sources:
         # A slash would make a section of its own, and a path like `..` is refused.
-        name = re.sub(r"[^\w\-.: ]", "_", source, flags=re.ASCII)
+        name = re.sub(r"[^\w\-.: ]", "_", source[:MAX_NAME_CHARS], flags=re.ASCII)
         name = name if name.strip(". ") else f"source_{len(names)}"
         while name in names:
             name += "_"

@@ -72,3 +72,10 @@ def test_names_are_what_a_tracker_takes_and_all_different() -> None:
     for name in names:
         assert re.fullmatch(r"[A-Za-z0-9_\-.: ]+/[A-Za-z0-9_\-.: ]+", name)
     assert names[-1] == "loss_by_source/default"
+
+
+def test_a_name_of_megabytes_makes_a_short_metric() -> None:
+    names = source_metrics(["x" * 1_000_000, "x" * 1_000_001, "\x1b[2J\n\u202e"])
+    assert len(set(names)) == 3
+    assert max(map(len, names)) < 130
+    assert names[2] == "loss_by_source/__2J__"
