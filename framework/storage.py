@@ -16,7 +16,7 @@ import random
 import re
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -47,6 +47,7 @@ COMMAND = RetryPolicy(deadline_s=20.0)
 TRAINING = RetryPolicy(deadline_s=240.0)
 
 MAX_OPEN_FILES = 64  # readers of remote objects that a process keeps
+MAX_FOLDERS = 100_000  # that are listed below one; links may make any number of few; chosen by hand
 _open_files: dict[tuple[str, str], NativeFile] = {}
 _SCHEMES = ("file", "s3", "gs")
 
@@ -271,7 +272,15 @@ class Store:
         return f"{info.size} {info.mtime_ns}"
 
     def list(self, name: str = "") -> list[str]:
-        """Names of all objects below folder `name`, relative to this store, sorted; [] if none."""
+        """Names of all objects below folder `name`, relative to this store, sorted; [] if none.
+
+        Links to folders are followed, but not to one that holds the link. ValueError where that
+        makes more than MAX_FOLDERS of them.
+        """
+        if self.is_local:
+            folder, start = self.path(name), len(self.path().rstrip("/")) + 1
+            found = self._do(lambda: [path[start:] for path in _walk(folder)])
+            return sorted(file for file in found if not _UNCOMMITTED.search(file))
         selector = fs.FileSelector(self.path(name), recursive=True, allow_not_found=True)
         infos = self._do(lambda: self.fs.get_file_info(selector))
         prefix = self.path().rstrip("/") + "/"
@@ -381,6 +390,30 @@ class Store:
 
 def _leads_up(name: str) -> bool:
     return ".." in name.split("/")
+
+
+def _walk(root: str) -> Iterator[str]:
+    """Paths of all files below a folder; nothing where there is none."""
+    waiting: list[tuple[str, frozenset[str]]] = [(root, frozenset())]
+    num_folders = 0
+    while waiting:
+        folder, above = waiting.pop()
+        if (real := os.path.realpath(folder)) in above:
+            continue
+        if (num_folders := num_folders + 1) > MAX_FOLDERS:
+            raise ValueError(
+                f"{root} has more than {MAX_FOLDERS:,} folders below it, or links make it so; "
+                "name a folder of fewer"
+            )
+        try:
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    if os.path.isdir(entry):
+                        waiting.append((entry.path, above | {real}))
+                    elif os.path.isfile(entry):
+                        yield entry.path
+        except FileNotFoundError:  # gone by now
+            continue
 
 
 @functools.lru_cache(maxsize=64)

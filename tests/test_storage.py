@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from framework import storage
 from framework.data.config import IndexConfig
 from framework.data.index.job import write_index
 from framework.data.index.listing import list_units
@@ -356,3 +357,28 @@ def test_urls(tmp_path, monkeypatch):
 def test_bad_urls_are_refused(url, hint):
     with pytest.raises(ValueError, match=hint):
         Store(url)
+
+
+def test_links_back_to_a_folder_end(tmp_path):
+    (tmp_path / "a/b").mkdir(parents=True)
+    (tmp_path / "a/b/x.tar").write_bytes(b"x")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/y.tar").write_bytes(b"y")
+    store = Store(tmp_path / "a")
+    for name, target in {"one": ".", "two": ".", "b/up": "..", "b/self": "self"}.items():
+        (tmp_path / "a" / name).symlink_to(target)
+    (tmp_path / "a/there").symlink_to("../elsewhere")
+    (tmp_path / "a/z.tar").symlink_to("b/x.tar")
+    assert store.list() == ["b/x.tar", "there/y.tar", "z.tar"]
+    assert store.list("there") == ["there/y.tar"]
+
+
+def test_links_that_make_too_many_folders_are_refused(tmp_path, monkeypatch):
+    """Each of 40 folders has two links to the next: 2^40 paths, no circle."""
+    monkeypatch.setattr(storage, "MAX_FOLDERS", 1000)
+    for i in range(40):
+        (tmp_path / f"{i}").mkdir()
+        for name in "ab":
+            (tmp_path / f"{i}" / name).symlink_to(f"../{i + 1}")
+    with pytest.raises(ValueError, match=r"more than 1,000 folders .* name a folder of fewer"):
+        Store(tmp_path / "0").list()

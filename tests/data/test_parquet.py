@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 
-from framework.data.parquet import from_parquet, read_table, to_parquet
+from framework.data.parquet import check_unpacked, from_parquet, read_table, to_parquet
 from framework.storage import Store
 
 READ_AND_END = """
@@ -43,3 +44,28 @@ def test_a_process_that_ends_as_soon_as_it_has_read_ends_well(tmp_path: Path) ->
         four = [subprocess.Popen(command, stderr=subprocess.PIPE) for _ in range(4)]
         ends = [(process.communicate(timeout=300)[1], process.returncode) for process in four]
         assert [code for _, code in ends] == [0] * 4, ends
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pa.array(["x" * 1000] * 1000),
+        pa.array([b"x" * 1000] * 1000, pa.binary(1000)),
+        pa.array([["x" * 1000] * 10] * 100),
+        pa.array([{"a": [{"b": "x" * 1000}]}] * 1000),
+        pa.array([[1] * 125_000] * 1),
+        pa.array([None, {"a": "x" * 1000}] * 1000),
+    ],
+    ids=["text", "bytes", "list", "struct", "numbers", "nulls"],
+)
+def test_what_a_file_unpacks_to_is_known_before(column: pa.Array) -> None:
+    """A megabyte of few bytes."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table({"column": column}), sink, compression="zstd")
+    data = sink.getvalue()
+    assert data.size < 30_000
+    check_unpacked(data, max_rows=2000, max_bytes=1_200_000)
+    with pytest.raises(ValueError, match="bytes unpacked, the limit is 900,000; split it"):
+        check_unpacked(data, max_rows=2000, max_bytes=900_000)
+    with pytest.raises(ValueError, match="rows, the limit is 0; split it"):
+        check_unpacked(data, max_rows=0, max_bytes=900_000)

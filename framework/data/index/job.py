@@ -41,6 +41,9 @@ __all__ = ["IndexConfig", "IndexReport", "ShardIndex", "index", "index_shard", "
 MAX_IN_FLIGHT = 512
 # More score columns than this are a mistake, such as a table of contents for each clip.
 MAX_SCORES = 64
+# More sources than this are a mistake, such as a source for each film: each is a metric of a run.
+# Chosen by hand.
+MAX_SOURCES = 1000
 
 
 def index(
@@ -178,8 +181,16 @@ def _survey(found: Mapping[str, ShardIndex], names: list[str], config: IndexConf
     counts: Counter[str] = Counter()
     problems: list[ShardProblem] = []
     num_clips = num_ignored = 0
+    sources: set[str] = set()
     for name in names:
         here = found[name]
+        sources.update(here.table["source"].unique().to_pylist())
+        if len(sources) > MAX_SOURCES:
+            raise ValueError(
+                f"the clips are of more than {MAX_SOURCES} sources, such as "
+                f"{printable(min(sources), 60)!r}; in their JSON, `source` names a collection and "
+                "`video` a film"
+            )
         problems += here.problems
         num_ignored += here.num_ignored
         num_clips += int(_num_pieces(here.table, config.max_seconds).sum())

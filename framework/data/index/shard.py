@@ -18,7 +18,8 @@ the header at its end; all of it where it is small, where its container counts n
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import groupby
@@ -56,6 +57,10 @@ from framework.video import VideoError, VideoInfo, probe
 HEAD_BYTES = 512 << 10
 BATCH_BYTES = 64 << 20  # fetched at once
 PROBES = 8  # at once: most of the time they wait for a header at a clip's end
+# Chosen by hand. A clip has some scores of its own; a list of hundreds belongs in a file.
+MAX_NUMBERS = 256  # of a clip
+MAX_SHARD_NUMBERS = 1024  # different ones of a shard's clips; each is a column
+MAX_NAME_CHARS = 1000  # of a source, a source video or a number
 FORMAT = 2  # of what is kept of a shard
 
 
@@ -158,7 +163,13 @@ def _rows(
                 else:
                     problems += row.pop("problems")
                     rows.append(row)
-    return _table(rows), problems
+    counts = Counter(name for row in rows for name in row["scores"])
+    ranked = sorted(counts, key=lambda name: (-counts[name], name))
+    if dropped := ranked[MAX_SHARD_NUMBERS:]:
+        named = ", ".join(dropped[:20])
+        reason = f"{len(ranked)} different numbers, {MAX_SHARD_NUMBERS} are kept; left out: {named}"
+        problems.append(ShardProblem(samples[0].shard, 0, "too many scores", reason=reason[:1000]))
+    return _table(rows, sorted(ranked[:MAX_SHARD_NUMBERS])), problems
 
 
 def _batches(samples: list[_Sample], config: IndexConfig) -> Iterator[list[_Sample]]:
@@ -204,6 +215,7 @@ def _row(
     try:
         meta, captions = _read_text(sample.meta, data)
         fps, no_rate = _rate(meta)
+        scores = _scores(meta)
     except (ValueError, RecursionError) as error:  # a JSON nested too deep
         return ShardProblem(shard, clip.offset, "unreadable metadata", key, str(error)[:500])
     try:
@@ -237,9 +249,7 @@ def _row(
     if no_rate and info.num_frames > 1:
         reason = f"{no_rate}; the clip keeps its own rate, {info.fps:g}"
         row["problems"].append(ShardProblem(shard, clip.offset, "unusable fps", key, reason))
-    used = {*SCHEMA.names, "caption"}
-    scores = {name: _number(value) for name, value in meta.items() if name not in used}
-    row["scores"] = {name: value for name, value in scores.items() if value is not None}
+    row["scores"] = scores
     return row
 
 
@@ -270,6 +280,11 @@ def _read_text(meta: Any, data: dict[str, bytes]) -> tuple[dict[str, Any], list[
         raise ValueError(f"source={source!r} is not a text")
     if not isinstance(video := meta.get("video"), str | int | None):
         raise ValueError(f"video={video!r} is neither a text nor a number")
+    for name, value in (("source", source), ("video", video)):
+        if isinstance(value, str) and len(value) > MAX_NAME_CHARS:
+            raise ValueError(
+                f"{name} has {len(value)} characters; give it {MAX_NAME_CHARS} at most"
+            )
     captions: list[Any] = []
     for value in (meta.get("caption"), meta.get("captions")):
         captions += value if isinstance(value, list) else [value]
@@ -291,6 +306,23 @@ def _rate(meta: dict[str, Any]) -> tuple[float | None, str]:
     return fps, ""
 
 
+def _scores(meta: dict[str, Any]) -> dict[str, float]:
+    """All numbers that are no column of a manifest; ValueError where they are too many."""
+    used = {*SCHEMA.names, "caption"}
+    numbers = {name: _number(value) for name, value in meta.items() if name not in used}
+    scores = {name: value for name, value in numbers.items() if value is not None}
+    if len(scores) > MAX_NUMBERS:
+        raise ValueError(
+            f"{len(scores)} numbers, each of which is a score; keep {MAX_NUMBERS} at most, or put "
+            "them into a list"
+        )
+    if (longest := max(map(len, scores), default=0)) > MAX_NAME_CHARS:
+        raise ValueError(
+            f"a number's name has {longest} characters; give it {MAX_NAME_CHARS} at most"
+        )
+    return scores
+
+
 def _number(value: Any) -> float | None:
     """A finite number, or None; a bool is not a number here."""
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -301,11 +333,9 @@ def _number(value: Any) -> float | None:
         return None
 
 
-def _table(rows: Iterable[dict[str, Any]]) -> pa.Table:
-    rows = list(rows)
+def _table(rows: list[dict[str, Any]], scores: list[str]) -> pa.Table:
     schema = pa.schema([field for field in SCHEMA if field.name != "split"])
-    table = pa.table({name: [row[name] for row in rows] for name in schema.names}, schema)
-    for name in sorted({name for row in rows for name in row["scores"]}):
-        scores = pa.array([row["scores"].get(name) for row in rows], pa.float64())
-        table = table.append_column(name, scores)
-    return table
+    columns = {name: [row[name] for row in rows] for name in schema.names}
+    columns |= {name: [row["scores"].get(name) for row in rows] for name in scores}
+    fields = [*schema, *(pa.field(name, pa.float64()) for name in scores)]
+    return pa.table(columns, pa.schema(fields))

@@ -13,12 +13,16 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.compute as pc
 
+from framework.data.manifest.table import SCHEMA
 from framework.printable import printable
 
 # What a filter may ask beside the scores.
 COLUMNS = ("num_frames", "fps", "height", "width", "size_bytes", "source", "shard", "key", "video")
+
+MAX_CHARS = 10_000  # of a filter; Arrow walks what it is read into by recursion; chosen by hand
 
 _COMPARE: dict[type, Callable[[Any, Any], Any]] = {
     ast.Lt: operator.lt,
@@ -42,13 +46,24 @@ def parse_where(text: str, scores: Sequence[str]) -> pc.Expression:
     scores: the manifest's score columns. ValueError says what is wrong, and for an unknown name
     which is nearest.
     """
+    if len(text) > MAX_CHARS:
+        raise ValueError(
+            f"where={printable(text)!r} has more than {MAX_CHARS} characters; make it shorter, or "
+            "give the clips a score that says it"
+        )
     try:
         node = ast.parse(text.strip(), mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise ValueError(f"where={text!r} cannot be read: {error}") from error
     if not isinstance(node, ast.Compare | ast.BoolOp | ast.UnaryOp):
         raise ValueError(f'where={text!r} compares nothing; try "height >= 480"')
-    return _Reader(text, (*scores, *COLUMNS)).condition(node)
+    types = {name: pa.float64() for name in scores} | {n: SCHEMA.field(n).type for n in COLUMNS}
+    try:  # whether Arrow can compare these types
+        found = _Reader(text, (*scores, *COLUMNS)).condition(node)
+        pa.schema(types).empty_table().filter(found)
+    except (pa.ArrowException, TypeError) as error:
+        raise ValueError(f"where={text!r} cannot be reckoned: {printable(error)}") from error
+    return found
 
 
 class _Reader:
@@ -103,10 +118,18 @@ class _Reader:
             case ast.Constant(value=bool() | None):
                 raise self._wrong(node)
             case ast.Constant(value=int() | float() | str() as value):
-                return value
+                return self._fitting(value)
             case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as value)):
-                return -value
+                return self._fitting(-value)
         raise self._wrong(node)
+
+    def _fitting(self, value: Any) -> Any:
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise ValueError(
+                f"where={self.text!r}: {printable(value, 40)} is no whole number of 64 bits; write "
+                f"it with a point or an exponent, such as 1e30"
+            )
+        return value
 
     def _wrong(self, node: ast.expr) -> ValueError:
         return ValueError(

@@ -4,6 +4,7 @@ import io
 import json
 import math
 import random
+import re
 import struct
 import tarfile
 import tempfile
@@ -779,3 +780,124 @@ def test_no_text_of_a_table_reaches_an_error_as_it_is(tmp_path, table):
     with pytest.raises(ValueError, match=r"\\x1b\[2J") as caught:
         list_units(f"{tmp_path}/clips.csv")
     assert str(caught.value).isprintable()
+
+
+def bomb(columns):
+    """A Parquet of some kB."""
+    sink = io.BytesIO()
+    pq.write_table(pa.table(columns), sink, compression="zstd", store_schema=False)
+    assert len(sink.getvalue()) < 100_000
+    return sink.getvalue()
+
+
+def many(value, count):
+    """A value so many times, kept once."""
+    return pa.DictionaryArray.from_arrays(np.zeros(count, np.int32), [value])
+
+
+TABLES = {
+    "deep.jsonl": (
+        lambda: b'{"path": "a.mp4", "x": ' + b"[" * 20_000 + b"]" * 20_000 + b"}\n",
+        "nested 20,001 deep, the limit is 64; flatten it",
+    ),
+    "lines.jsonl": (lambda: b'{"path": "a.mp4", "x":\n' + b"[\n" * 20_000, "nested 20,001 deep"),
+    "closed.jsonl": (
+        lambda: b"]" * 30_000 + b'\n{"x": "a\n' + b'{"x":' * 20_000 + b"\n",
+        "nested 20,001 deep",
+    ),
+    "names.jsonl": (
+        lambda: b"".join(b'{"path": "%d", "x%d": 1}\n' % (i, i) for i in range(3000)),
+        "more than 1000 names; leave some out",
+    ),
+    "twice.jsonl": (lambda: b'{"path": "a", "x": 1, "x": 2}\n', "twice"),
+    "twice.csv": (lambda: b"path,x,x\na,1,2\n", "the column x comes twice; rename one"),
+    "paths.csv": (lambda: b"path,path\na,b\n", "the column path comes twice"),
+    "wide.csv": (
+        lambda: b"path" + b",x" * 200_000 + b"\na" + b",1" * 200_000 + b"\n",
+        "200,001 columns, the limit is 1000; leave some out",
+    ),
+    "text.parquet": (
+        lambda: bomb({"path": many("b" * 100_000, 30_000)}),
+        "3,000,.* bytes unpacked, the limit is 2,147,483,648; split it",
+    ),
+    "list.parquet": (
+        lambda: bomb(
+            {
+                "path": many("a", 300),
+                "captions": pa.ListArray.from_arrays(
+                    np.arange(0, 30_100, 100, np.int32), many("b" * 100_000, 30_000)
+                ),
+            }
+        ),
+        "3,000,.* bytes unpacked",
+    ),
+    "rows.parquet": (
+        lambda: bomb({"path": pa.nulls(30_000_000, pa.null())}),
+        "30,000,000 rows, the limit is 20,000,000; split it",
+    ),
+    "list_path.jsonl": (lambda: b'{"path": ["a"]}\n', "is not a table of files"),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_table_that_is_too_much_is_refused_before_it_is_built(tmp_path, name):
+    data, words = TABLES[name]
+    Store(tmp_path).write(name, data())
+    with pytest.raises(ValueError, match=words) as caught:
+        list_units(f"{tmp_path}/{name}")
+    assert f"{tmp_path}/{name} " in str(caught.value)
+    assert len(str(caught.value)) < 1000
+
+
+def test_brackets_and_quotes_in_a_text_are_no_nesting(tmp_path):
+    rows = [{"path": f"{i}.mp4", "caption": "[{\\" * 50 + '\\"' + "[" * 99} for i in range(300)]
+    Store(tmp_path).write("c.jsonl", b"".join(json.dumps(row).encode() + b"\n" for row in rows))
+    _, (unit,) = list_units(f"{tmp_path}/c.jsonl")
+    assert unit.files.to_pylist() == rows
+
+
+@pytest.mark.parametrize(
+    ("meta", "words"),
+    [
+        ({f"n{i}": i for i in range(20_000)}, "20000 numbers, .* keep 256 at most"),
+        ({"x" * 1001: 1}, "a number's name has 1001 characters"),
+        ({"source": "x" * 1001}, "source has 1001 characters; give it 1000 at most"),
+        ({"video": "x" * 4_000_000}, "video has 4000000 characters"),
+    ],
+)
+def test_one_clip_that_has_too_much_is_quarantined_alone(tmp_path, meta, words):
+    store = Store(tmp_path / "shards")
+    beside = {"score": 1.5, "source": "x" * 1000}
+    samples = [{"__key__": k, "mp4": VIDEO, "json": v} for k, v in {"a": meta, "b": beside}.items()]
+    write_shards(store, samples, 2)
+    report = write_index(store.url, str(tmp_path / "manifest"), index_here(store), CONFIG)
+    manifest = read_manifest(str(tmp_path / "manifest"))
+    assert (manifest.table["key"].to_pylist(), manifest.scores) == (["b"], ("score",))
+    (problem,) = report.problems
+    assert (problem.cause, problem.name) == ("unreadable metadata", "a")
+    assert re.search(words, problem.reason)
+
+
+def test_many_different_numbers_of_a_shard_are_cut_by_how_many_clips_have_them(tmp_path):
+    store = Store(tmp_path / "shards")
+    samples = [
+        {"__key__": f"{i}", "mp4": VIDEO, "json": {"all": i, **{f"{i}-{n}": n for n in range(250)}}}
+        for i in range(6)
+    ]
+    write_shards(store, samples, 6)
+    found = index_here(store)
+    report = write_index(store.url, str(tmp_path / "manifest"), found, CONFIG)
+    assert found["shard-000000.tar"].table.num_columns == len(SCHEMA) - 1 + 1024
+    assert "all" in read_manifest(str(tmp_path / "manifest")).scores
+    assert report.failures == {"too many scores": 2}
+    assert "1501 different numbers, 1024 are kept; left out: 4-119, " in report.problems[1].reason
+
+
+def test_too_many_sources_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(index_module, "MAX_SOURCES", 3)
+    store = Store(tmp_path / "shards")
+    samples = [{"__key__": f"{i}", "mp4": VIDEO, "json": {"source": f"s{i}"}} for i in range(4)]
+    write_shards(store, samples, 2)
+    with pytest.raises(ValueError, match=r"more than 3 sources, such as 's0'; .*`video` a film"):
+        write_index(store.url, str(tmp_path / "manifest"), index_here(store), CONFIG)
+    assert Store(tmp_path / "manifest").list() == []

@@ -70,7 +70,7 @@ def test_a_clip_that_cannot_be_read_is_said(line: Assembly, tmp_path: Path) -> N
 
 
 def test_names_of_sources_are_text_on_the_page_and_in_the_terminal(tmp_path: Path) -> None:
-    name = "<script>x</script>\x1b[2J\n\u202e" + "x" * 100_000
+    name = "<script>x</script>\x1b[2J\n\u202e" + "x" * 900
     clips = Store(tmp_path / "clips")
     frames = np.random.default_rng(0).integers(0, 255, (8, 32, 32, 3), np.uint8)
     write_shards(

@@ -57,6 +57,13 @@ def test_what_passes(where: str, keys: str) -> None:
         ("[motion > i for i in (1, 2)]", "compares nothing"),
         ("motion > 1 and aesthetic", "aesthetic.* is not a comparison"),
         ("motion ** 2 > 1", r"motion \*\* 2"),
+        ("height > 123456789012345678901234567890", "no whole number of 64 bits; .* such as 1e30"),
+        ("height in (1, -123456789012345678901234567890)", "no whole number of 64 bits"),
+        ("height > " + "9" * 5000, "cannot be read"),
+        ("height > 1" + " or height > 1" * 100_000, "more than 10000 characters; make it shorter"),
+        ("source > 5", "cannot be reckoned"),
+        ("height in (1, 'a')", "cannot be reckoned"),
+        ("'a' + height > 1", "cannot be reckoned"),
         ("(" * 500 + "motion" + ")" * 500 + " > 1", "cannot be read"),
     ],
 )
