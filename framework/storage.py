@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 from urllib.parse import quote, urlsplit
 
 from pyarrow import Buffer, NativeFile, fs
+from pyarrow.fs import FileInfo
 
 T = TypeVar("T")
 
@@ -255,21 +256,30 @@ class Store:
 
     def size(self, name: str) -> int:
         """Size in bytes of an object; FileNotFoundError where there is none."""
-        info = self._do(lambda: self.fs.get_file_info(self.path(name)))
-        if info.type != fs.FileType.File:
-            raise FileNotFoundError(join_url(self.url, name))
-        return info.size
+        return self._file_info(name).size
 
     def version(self, name: str) -> str:
         """Another text once an object has been replaced: its ETag, else its size and time."""
-        info = self._do(lambda: self.fs.get_file_info(self.path(name)))
-        if info.type != fs.FileType.File:
-            raise FileNotFoundError(join_url(self.url, name))
+        info = self._file_info(name)
         if not self.is_local:
             with self.open_input(name) as file:
                 if tag := file.metadata().get("ETag"):
                     return tag.decode()
         return f"{info.size} {info.mtime_ns}"
+
+    def _file_info(self, name: str) -> FileInfo:
+        path = self.path(name)
+        try:
+            info = self._do(lambda: self.fs.get_file_info(path))
+        except ValueError as error:  # a zero byte in the name: no file has one
+            raise FileNotFoundError(join_url(self.url, name)) from error
+        except OSError as error:
+            if error.errno != errno.ENAMETOOLONG:
+                raise
+            raise FileNotFoundError(join_url(self.url, name)) from error
+        if info.type != fs.FileType.File:
+            raise FileNotFoundError(join_url(self.url, name))
+        return info
 
     def list(self, name: str = "") -> list[str]:
         """Names of all objects below folder `name`, relative to this store, sorted; [] if none.

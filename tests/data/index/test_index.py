@@ -901,3 +901,16 @@ def test_too_many_sources_are_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"more than 3 sources, such as 's0'; .*`video` a film"):
         write_index(store.url, str(tmp_path / "manifest"), index_here(store), CONFIG)
     assert Store(tmp_path / "manifest").list() == []
+
+
+def test_a_path_that_no_file_can_have_is_a_missing_file(tmp_path):
+    paths = ["a\x00b.mp4", "x" * 5000 + ".mp4", "a/" * 3000 + "b.mp4", "good.mp4"]
+    Store(tmp_path).write("good.mp4", VIDEO)
+    lines = "".join(json.dumps({"path": path}) + "\n" for path in paths)
+    Store(tmp_path).write("clips.jsonl", lines.encode())
+    root, (unit,) = list_units(f"{tmp_path}/clips.jsonl")
+    assert unit.made_of(root, CONFIG)
+    found = unit.index(root, CONFIG)
+    assert found.table["key"].to_pylist() == ["good.mp4"]
+    assert [problem.cause for problem in found.problems] == ["missing file"] * 3
+    assert [problem.name for problem in found.problems] == paths[:3]
