@@ -192,7 +192,9 @@ def test_an_altered_checkpoint_is_not_given_away(tmp_path: Path) -> None:
 
 @pytest.fixture
 def config(small_line: list[str]) -> RunConfig:
-    return compose([*small_line, "export.licence=CC BY 4.0 | mine", "tracking.uri=http://a:b@c"])
+    return compose(
+        [*small_line, "export.licence=CC BY 4.0 | mine", "tracking.uri=http://mlflow.our"]
+    )
 
 
 @pytest.fixture
@@ -230,7 +232,7 @@ def test_the_command_needs_no_more_than_the_runs_name(trained: Store, tmp_path: 
     assert "mean over the last 4 steps" in readme
     assert "| Licence | unknown, ask who trained it |" in readme
     assert "\nmodel.hidden_size: 32\n" in readme
-    assert "a:b@c" not in readme  # where the tracker is
+    assert "mlflow.our" not in readme  # where the tracker is
 
 
 def test_the_card_has_the_evaluation_of_this_checkpoint(
