@@ -3,8 +3,10 @@
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -54,7 +56,19 @@ class Nodes:
             },
         )
         self.processes.append(process)
+        if len(self.processes) == 1:  # a driver that joins waits for a head for some seconds alone
+            self._wait_for_head(process)
         return process
+
+    def _wait_for_head(self, process: Process) -> None:
+        deadline = time.monotonic() + 300
+        while True:
+            assert process.poll() is None, "the head has ended"
+            assert time.monotonic() < deadline, f"no head at {self.address}"
+            with contextlib.suppress(OSError):
+                socket.create_connection(("127.0.0.1", self._port), timeout=5).close()
+                return
+            time.sleep(0.2)
 
     def kill(self, process: Process) -> None:
         """The node is gone at once, with all that runs on it."""

@@ -8,7 +8,23 @@ import threading
 import pytest
 
 from framework.train.driver.follow import Interrupts, Stopped, follow
-from framework.train.mailbox import make_mailbox
+from framework.train.mailbox import Mailbox, make_mailbox
+
+
+def test_figures_replace_older_figures_and_no_word() -> None:
+    """A driver on a busy machine comes late: what was said stays, of the figures the newest."""
+    mailbox = Mailbox()
+    told = [
+        {"stage": "training", "step": 5, "resumed": True},
+        {"step": 6, "steps": 9, "loss": 2.0},
+        {"step": 7, "steps": 9, "loss": 1.0},
+        {"text": "a slow rank"},
+        {"step": 8, "steps": 9, "loss": 0.5},
+    ]
+    for line in told:
+        mailbox.tell(line)
+    assert mailbox.take() == [{"stage": "starting workers"}, told[0], *told[2:]]
+    assert mailbox.take() == []
 
 
 @pytest.mark.slow
