@@ -41,7 +41,7 @@ def is_protocol(hint: Any) -> bool:
 
 
 def check_members(cls: type, protocol: type, path: str) -> None:
-    """ValueError where a config dataclass lacks what the protocol of its group asks for."""
+    """Raise ValueError if a config dataclass lacks a member of its group's protocol."""
     wanted = {
         name
         for base in protocol.__mro__

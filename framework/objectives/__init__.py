@@ -1,3 +1,3 @@
-"""What a network is trained to do: the contract, and an objective a file.
+"""What a network is trained to do: the contract, and one file for each objective.
 
 Plain torch; knows `framework.batch`, `framework.seeding` and `framework.diffusion`."""

@@ -13,7 +13,7 @@ from framework.storage import Store
 
 
 def ledger_folder(step: int) -> str:
-    """Where the ledger segment lies that ends with the checkpoint of `step`; a file a rank."""
+    """The folder of the ledger segment that the checkpoint of `step` ends; each rank has a file."""
     return f"ledger/step-{step:08d}"
 
 

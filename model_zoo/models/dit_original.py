@@ -68,7 +68,7 @@ class OriginalDiTConfig:
     learn_sigma: bool = False
     text_depth: int = 0
     text_max_length: int = 512
-    # Which kernel computes attention is up to the machine: weights of one do for another.
+    # The kernel that computes attention depends on the machine; the weights do not depend on it.
     attention: str = field(default="auto", metadata={"free": True})
 
     def __post_init__(self) -> None:

@@ -41,7 +41,7 @@ class LossParts(Meter[Sums]):
         return {name: (value[0].item(), value[1].item()) for name, value in sums.items()}
 
     def figures(self, by_rank: Sequence[Sums]) -> dict[str, float]:
-        """Loss by what it is over, summed over ranks."""
+        """The loss by noise level and by source, summed over ranks."""
         figures = {}
         for name in sorted({name for sums in by_rank for name in sums}):
             loss, over = (sum(sums[name][i] for sums in by_rank if name in sums) for i in (0, 1))
