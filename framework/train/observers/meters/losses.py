@@ -41,7 +41,7 @@ class LossParts(Meter[Sums]):
         return {name: (value[0].item(), value[1].item()) for name, value in sums.items()}
 
     def figures(self, by_rank: Sequence[Sums]) -> dict[str, float]:
-        """The loss by noise level and by source, summed over ranks."""
+        """The named losses of the objective and those of the sources: means over all ranks."""
         figures = {}
         for name in sorted({name for sums in by_rank for name in sums}):
             loss, over = (sum(sums[name][i] for sums in by_rank if name in sums) for i in (0, 1))
